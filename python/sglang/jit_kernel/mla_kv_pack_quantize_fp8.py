@@ -1,0 +1,255 @@
+"""K and V of MLA prefix chunks, packed and quantized to FP8 in one launch."""
+
+from __future__ import annotations
+
+from typing import Optional, Union
+
+import torch
+import triton
+import triton.language as tl
+from sglang.jit_kernel.fp8_quantize import (
+    FP8_DTYPES,
+    Launcher,
+    _load_scale,
+    _to_fp8,
+    check_device,
+    check_fp8_dtype,
+    check_input,
+    check_output,
+    clamp_limit,
+    resolve_pdl,
+    scale_kind,
+    tensor_key,
+)
+
+# (token, head) rows a program takes: enough 16-byte loads in flight for each thread,
+# and small batches still spread over the GPU.
+PROGRAM_ROWS = 8
+NUM_WARPS = 4
+
+
+def block_shape(num_heads: int, program_rows: int) -> tuple[int, int]:
+    """(tokens, heads) of a program of so many rows, without a lane on a missing head."""
+    block_h = min(num_heads & -num_heads, program_rows) or 1
+    return program_rows // block_h, block_h
+
+
+def rope_dim(k_pe: torch.Tensor) -> int:
+    """rope of k_pe [s, 1, rope] or [s, rope]; either has the token stride first."""
+    shape = k_pe.shape
+    if len(shape) not in (2, 3) or shape[1:-1] not in ((), (1,)) or shape[-1] == 0:
+        raise ValueError(
+            f"k_pe must be [s, 1, rope] or [s, rope], got shape {tuple(shape)}"
+        )
+    return shape[-1]
+
+
+@triton.jit(do_not_specialize=["num_tokens", "k_scale_inv", "v_scale_inv"])
+def _mla_kv_pack_quantize_fp8_kernel(
+    k_nope_ptr,
+    k_pe_ptr,
+    v_ptr,
+    k_out_ptr,
+    v_out_ptr,
+    k_scale_inv,
+    v_scale_inv,
+    num_tokens,
+    k_nope_stride_t,
+    k_nope_stride_h,
+    k_pe_stride_t,
+    v_stride_t,
+    v_stride_h,
+    k_out_stride_t,
+    k_out_stride_h,
+    v_out_stride_t,
+    v_out_stride_h,
+    NUM_HEADS: tl.constexpr,
+    NOPE: tl.constexpr,
+    ROPE: tl.constexpr,
+    V: tl.constexpr,
+    NOPE_P2: tl.constexpr,
+    ROPE_P2: tl.constexpr,
+    V_P2: tl.constexpr,
+    K_SCALE_KIND: tl.constexpr,
+    V_SCALE_KIND: tl.constexpr,
+    FP8_DTYPE: tl.constexpr,
+    FP8_MAX: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    ENABLE_PDL: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    HEAD_BLOCKS: tl.constexpr = NUM_HEADS // BLOCK_H
+    t = (pid // HEAD_BLOCKS).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    h = (pid % HEAD_BLOCKS).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
+    t = t[:, None, None]
+    h = h[None, :, None]
+    nope = tl.arange(0, NOPE_P2)[None, None, :]
+    rope = tl.arange(0, ROPE_P2)[None, None, :]
+    dim_v = tl.arange(0, V_P2)[None, None, :]
+    live = t < num_tokens
+    nope_mask = live & (nope < NOPE)
+    rope_mask = live & (rope < ROPE)
+    v_mask = live & (dim_v < V)
+
+    if ENABLE_PDL:
+        tl.extra.cuda.gdc_wait()
+        # The next kernel waits for this one's completion, so it may be launched now.
+        tl.extra.cuda.gdc_launch_dependents()
+
+    k_nope_row = k_nope_ptr + t * k_nope_stride_t + h * k_nope_stride_h
+    k_nope = tl.load(k_nope_row + nope, mask=nope_mask)
+    v = tl.load(v_ptr + t * v_stride_t + h * v_stride_h + dim_v, mask=v_mask)
+    k_pe = tl.load(k_pe_ptr + t * k_pe_stride_t + rope, mask=rope_mask)
+    k_scale = _load_scale(k_scale_inv, K_SCALE_KIND)
+    v_scale = _load_scale(v_scale_inv, V_SCALE_KIND)
+
+    k_nope = _to_fp8(k_nope, k_scale, K_SCALE_KIND, FP8_DTYPE, FP8_MAX)
+    k_pe = _to_fp8(k_pe, k_scale, K_SCALE_KIND, FP8_DTYPE, FP8_MAX)
+    v = _to_fp8(v, v_scale, V_SCALE_KIND, FP8_DTYPE, FP8_MAX)
+
+    k_out_row = k_out_ptr + t * k_out_stride_t + h * k_out_stride_h
+    v_out_row = v_out_ptr + t * v_out_stride_t + h * v_out_stride_h
+    tl.store(k_out_row + nope, k_nope, mask=nope_mask)
+    k_pe = tl.broadcast_to(k_pe, (BLOCK_T, BLOCK_H, ROPE_P2))
+    tl.store(k_out_row + NOPE + rope, k_pe, mask=rope_mask)
+    tl.store(v_out_row + dim_v, v, mask=v_mask)
+
+
+def mla_kv_pack_quantize_fp8(
+    k_nope: torch.Tensor,
+    k_pe: torch.Tensor,
+    v: torch.Tensor,
+    k_scale_inv: Union[float, torch.Tensor] = 1.0,
+    v_scale_inv: Union[float, torch.Tensor] = 1.0,
+    k_out: Optional[torch.Tensor] = None,
+    v_out: Optional[torch.Tensor] = None,
+    fp8_dtype: torch.dtype = torch.float8_e4m3fn,
+    enable_pdl: Optional[bool] = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Build the FP8 K and V operands of MLA's multi-head attention in one launch.
+
+    ``k = fp8(cat(k_nope, broadcast(k_pe)) * k_scale_inv)``, ``v = fp8(v * v_scale_inv)``.
+    k_pe is taken as it is, already rotated.
+
+    Args:
+        k_nope: [s, h, nope], bfloat16 or float16. Here and below the last dimension is
+            contiguous and the other strides are free.
+        k_pe: [s, 1, rope] or [s, rope], of k_nope's dtype; shared by the heads.
+        v: [s, h, v], of k_nope's dtype.
+        k_scale_inv, v_scale_inv: reciprocals of the quantization scales, each a float
+            or a float32 tensor of one element on the device, which is read there.
+        k_out: FP8 [s, h, nope + rope] to write; allocated contiguous by default.
+        v_out: FP8 [s, h, v] to write; allocated contiguous by default.
+        fp8_dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
+        enable_pdl: launch with programmatic dependent launch. None: where the GPU has
+            it. True is ignored on a GPU without it.
+
+    Returns:
+        (k, v) in FP8; rounding as in ``fp8_quantize``.
+
+    Raises:
+        ValueError: an argument of wrong dtype, shape, layout or device, by its name.
+        RuntimeError: the GPU has no FP8 conversion (before SM89).
+    """
+    key = (
+        tensor_key(k_nope),
+        tensor_key(k_pe),
+        tensor_key(v),
+        tensor_key(k_out),
+        tensor_key(v_out),
+        scale_kind("k_scale_inv", k_scale_inv, k_nope),
+        scale_kind("v_scale_inv", v_scale_inv, k_nope),
+        fp8_dtype,
+        enable_pdl,
+    )
+    plan = _PLANS.get(key)
+    if plan is None:
+        plan = _PLANS[key] = _Plan(k_nope, k_pe, v, k_out, v_out, *key[-4:])
+    s = k_nope.shape[0]
+    for name, x in (("k_pe", k_pe), ("v", v), ("k_out", k_out), ("v_out", v_out)):
+        if x is not None and x.shape[0] != s:
+            raise ValueError(
+                f"{name} must have k_nope's {s} tokens, got shape {tuple(x.shape)}"
+            )
+    if k_out is None:
+        k_out = torch.empty((s, *plan.k_shape), dtype=fp8_dtype, device=v.device)
+    if v_out is None:
+        v_out = torch.empty((s, *plan.v_shape), dtype=fp8_dtype, device=v.device)
+    if s > 0 and plan.parts > 0:
+        plan.launch(
+            -(-s // plan.block_t) * plan.parts,
+            k_nope,
+            k_pe,
+            v,
+            k_out,
+            v_out,
+            k_scale_inv,
+            v_scale_inv,
+            s,
+            *plan.strides,
+            *k_out.stride()[:2],
+            *v_out.stride()[:2],
+        )
+    return k_out, v_out
+
+
+class _Plan:
+    """What calls of one layout share: checked once, with the kernel compiled for it."""
+
+    def __init__(
+        self, k_nope, k_pe, v, k_out, v_out, k_kind, v_kind, fp8_dtype, enable_pdl
+    ):
+        check_fp8_dtype(fp8_dtype)
+        check_device("k_nope", k_nope)
+        if k_nope.dim() != 3 or k_nope.shape[2] == 0:
+            raise ValueError(f"k_nope must be [s, h, nope], got {tuple(k_nope.shape)}")
+        h, nope = k_nope.shape[1:]
+        rope = rope_dim(k_pe)
+        if v.dim() != 3 or v.shape[1] != h or v.shape[2] == 0:
+            raise ValueError(f"v must be [s, {h}, v], got shape {tuple(v.shape)}")
+        check_input("k_nope", k_nope)
+        check_input("k_pe", k_pe, k_nope)
+        check_input("v", v, k_nope)
+        dim_v = v.shape[2]
+        self.k_shape, self.v_shape = (h, nope + rope), (h, dim_v)
+        for name, out, shape in (
+            ("k_out", k_out, self.k_shape),
+            ("v_out", v_out, self.v_shape),
+        ):
+            if out is not None:
+                check_output(name, out, (len(out), *shape), fp8_dtype, v.device)
+
+        self.strides = (
+            *k_nope.stride()[:2],
+            k_pe.stride(0),
+            *v.stride()[:2],
+        )
+        self.block_t, block_h = block_shape(h, PROGRAM_ROWS)
+        self.parts = h // block_h
+        pdl = v.is_cuda and resolve_pdl(enable_pdl)
+        self.launch = Launcher(
+            _mla_kv_pack_quantize_fp8_kernel,
+            v.device,
+            dict(
+                NUM_HEADS=h,
+                NOPE=nope,
+                ROPE=rope,
+                V=dim_v,
+                NOPE_P2=triton.next_power_of_2(nope),
+                ROPE_P2=triton.next_power_of_2(rope),
+                V_P2=triton.next_power_of_2(dim_v),
+                K_SCALE_KIND=k_kind,
+                V_SCALE_KIND=v_kind,
+                FP8_DTYPE=FP8_DTYPES[fp8_dtype],
+                FP8_MAX=clamp_limit(fp8_dtype),
+                BLOCK_T=self.block_t,
+                BLOCK_H=block_h,
+                ENABLE_PDL=pdl,
+            ),
+            num_warps=NUM_WARPS,
+            enable_pdl=pdl,
+        )
+
+
+_PLANS: dict[tuple, _Plan] = {}

@@ -1,0 +1,489 @@
+"""All that stands between MLA's projections and an FP8 prefill kernel, in one launch:
+RoPE, FP8 Q, K and V, and the FP8 row of the KV cache.
+"""
+
+from __future__ import annotations
+
+from typing import Optional, Union
+
+import torch
+import triton
+import triton.language as tl
+from sglang.jit_kernel.fp8_quantize import (
+    FP8_DTYPES,
+    Launcher,
+    _load_scale,
+    _to_fp8,
+    check_device,
+    check_fp8_dtype,
+    check_input,
+    clamp_limit,
+    resolve_pdl,
+    scale_kind,
+    tensor_key,
+)
+from sglang.jit_kernel.mla_kv_pack_quantize_fp8 import block_shape, rope_dim
+
+# (token, head) rows a program takes: enough 16-byte loads in flight for each thread,
+# and small batches still spread over the GPU.
+PROGRAM_ROWS = 16
+NUM_WARPS = 4
+
+ROPE_NONE, ROPE_INTERLEAVED, ROPE_NEOX = 0, 1, 2
+
+
+@triton.jit
+def _load_pairs(row, live, HALF: tl.constexpr, HALF_P2: tl.constexpr, NEOX):
+    """Both members, in float32, of the HALF rotary pairs that lie at `row`.
+
+    `row` is [T, H, 1]; the members are [T, H, HALF_P2].
+    """
+    if NEOX:
+        i = tl.arange(0, HALF_P2)[None, None, :]
+        mask = live & (i < HALF)
+        x = tl.load(row + i, mask=mask)
+        y = tl.load(row + HALF + i, mask=mask)
+    else:
+        i = tl.arange(0, 2 * HALF_P2)[None, None, :]
+        both = tl.load(row + i, mask=live & (i < 2 * HALF))
+        x, y = tl.split(both.reshape(both.shape[0], both.shape[1], HALF_P2, 2))
+    return x.to(tl.float32), y.to(tl.float32)
+
+
+@triton.jit
+def _store_pairs(row, live, x, y, HALF: tl.constexpr, HALF_P2: tl.constexpr, NEOX):
+    if NEOX:
+        i = tl.arange(0, HALF_P2)[None, None, :]
+        mask = live & (i < HALF)
+        tl.store(row + i, x, mask=mask)
+        tl.store(row + HALF + i, y, mask=mask)
+    else:
+        i = tl.arange(0, 2 * HALF_P2)[None, None, :]
+        both = tl.join(x, y).reshape(x.shape[0], x.shape[1], 2 * HALF_P2)
+        tl.store(row + i, both, mask=live & (i < 2 * HALF))
+
+
+@triton.jit
+def _load_cos_sin(
+    positions_ptr,
+    cos_sin_ptr,
+    cos_sin_stride,
+    t,
+    live,
+    HALF: tl.constexpr,
+    HALF_P2: tl.constexpr,
+    ROPE_STYLE: tl.constexpr,
+):
+    """cos and sin, [T, 1, HALF_P2] each, at the positions of tokens t."""
+    if ROPE_STYLE == 0:
+        return 1.0, 0.0
+    position = tl.load(positions_ptr + t, mask=live, other=0).to(tl.int64)
+    i = tl.arange(0, HALF_P2)[None, None, :]
+    mask = live & (i < HALF)
+    row = cos_sin_ptr + position * cos_sin_stride
+    return tl.load(row + i, mask=mask), tl.load(row + HALF + i, mask=mask)
+
+
+@triton.jit
+def _rotate(x, y, cos, sin, ROPE_STYLE: tl.constexpr):
+    if ROPE_STYLE == 0:
+        return x, y
+    return x * cos - y * sin, y * cos + x * sin
+
+
+@triton.jit(
+    do_not_specialize=["k_scale_inv", "v_scale_inv", "num_tokens", "num_cache_rows"]
+)
+def _mla_prefill_quantize_fp8_kernel(
+    q_ptr,
+    kv_ptr,
+    kv_a_ptr,
+    k_pe_ptr,
+    positions_ptr,
+    cos_sin_ptr,
+    q_out_ptr,
+    k_out_ptr,
+    v_out_ptr,
+    kv_cache_ptr,
+    cache_loc_ptr,
+    k_scale_inv,
+    v_scale_inv,
+    num_tokens,
+    num_cache_rows,
+    q_stride_t,
+    q_stride_h,
+    kv_stride_t,
+    kv_stride_h,
+    kv_a_stride_t,
+    k_pe_stride_t,
+    cos_sin_stride,
+    kv_cache_stride,
+    NUM_HEADS: tl.constexpr,
+    NOPE: tl.constexpr,
+    ROPE: tl.constexpr,
+    V: tl.constexpr,
+    LORA: tl.constexpr,
+    NOPE_P2: tl.constexpr,
+    HALF_P2: tl.constexpr,
+    V_P2: tl.constexpr,
+    LORA_P2: tl.constexpr,
+    ROPE_STYLE: tl.constexpr,
+    K_SCALE_KIND: tl.constexpr,
+    V_SCALE_KIND: tl.constexpr,
+    FP8_DTYPE: tl.constexpr,
+    FP8_MAX: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    ENABLE_PDL: tl.constexpr,
+):
+    """A program prepares BLOCK_T tokens of BLOCK_H heads; where there is a cache, one
+    more program for each block of tokens writes the cache rows."""
+    HEAD_BLOCKS: tl.constexpr = NUM_HEADS // BLOCK_H
+    PARTS: tl.constexpr = HEAD_BLOCKS + (1 if LORA > 0 else 0)
+    HALF: tl.constexpr = ROPE // 2
+    NEOX: tl.constexpr = ROPE_STYLE == 2
+    pid = tl.program_id(0)
+    part = pid % PARTS
+    t = (pid // PARTS).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    t = t[:, None, None]
+    live = t < num_tokens
+
+    if ENABLE_PDL:
+        tl.extra.cuda.gdc_wait()
+        # The next kernel waits for this one's completion, so it may be launched now.
+        tl.extra.cuda.gdc_launch_dependents()
+
+    k_pe_row = k_pe_ptr + t * k_pe_stride_t
+    if part < HEAD_BLOCKS:
+        h = (part.to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :, None]
+        nope = tl.arange(0, NOPE_P2)[None, None, :]
+        dim_v = tl.arange(0, V_P2)[None, None, :]
+        nope_mask = live & (nope < NOPE)
+        v_mask = live & (dim_v < V)
+
+        # The large loads first: the short ones depend on one another.
+        q_row = q_ptr + t * q_stride_t + h * q_stride_h
+        kv_row = kv_ptr + t * kv_stride_t + h * kv_stride_h
+        q_nope = tl.load(q_row + nope, mask=nope_mask)
+        k_nope = tl.load(kv_row + nope, mask=nope_mask)
+        v = tl.load(kv_row + NOPE + dim_v, mask=v_mask)
+        q_x, q_y = _load_pairs(q_row + NOPE, live, HALF, HALF_P2, NEOX)
+        k_x, k_y = _load_pairs(k_pe_row, live, HALF, HALF_P2, NEOX)
+        cos, sin = _load_cos_sin(
+            positions_ptr,
+            cos_sin_ptr,
+            cos_sin_stride,
+            t,
+            live,
+            HALF,
+            HALF_P2,
+            ROPE_STYLE,
+        )
+        k_scale = _load_scale(k_scale_inv, K_SCALE_KIND)
+        v_scale = _load_scale(v_scale_inv, V_SCALE_KIND)
+
+        q_x, q_y = _rotate(q_x, q_y, cos, sin, ROPE_STYLE)
+        k_x, k_y = _rotate(k_x, k_y, cos, sin, ROPE_STYLE)
+        q_nope_fp8 = _to_fp8(q_nope, 1.0, 0, FP8_DTYPE, FP8_MAX)
+        q_x_fp8 = _to_fp8(q_x, 1.0, 0, FP8_DTYPE, FP8_MAX)
+        q_y_fp8 = _to_fp8(q_y, 1.0, 0, FP8_DTYPE, FP8_MAX)
+        k_nope_fp8 = _to_fp8(k_nope, k_scale, K_SCALE_KIND, FP8_DTYPE, FP8_MAX)
+        k_x_fp8 = _to_fp8(k_x, k_scale, K_SCALE_KIND, FP8_DTYPE, FP8_MAX)
+        k_y_fp8 = _to_fp8(k_y, k_scale, K_SCALE_KIND, FP8_DTYPE, FP8_MAX)
+        v_fp8 = _to_fp8(v, v_scale, V_SCALE_KIND, FP8_DTYPE, FP8_MAX)
+
+        row = t * NUM_HEADS + h
+        q_out_row = q_out_ptr + row * (NOPE + ROPE)
+        k_out_row = k_out_ptr + row * (NOPE + ROPE)
+        tl.store(q_out_row + nope, q_nope_fp8, mask=nope_mask)
+        _store_pairs(q_out_row + NOPE, live, q_x_fp8, q_y_fp8, HALF, HALF_P2, NEOX)
+        tl.store(k_out_row + nope, k_nope_fp8, mask=nope_mask)
+        k_x_fp8 = tl.broadcast_to(k_x_fp8, (BLOCK_T, BLOCK_H, HALF_P2))
+        k_y_fp8 = tl.broadcast_to(k_y_fp8, (BLOCK_T, BLOCK_H, HALF_P2))
+        _store_pairs(k_out_row + NOPE, live, k_x_fp8, k_y_fp8, HALF, HALF_P2, NEOX)
+        tl.store(v_out_ptr + row * V + dim_v, v_fp8, mask=v_mask)
+    else:
+        if LORA > 0:
+            cached = t < num_cache_rows
+            lora = tl.arange(0, LORA_P2)[None, None, :]
+            lora_mask = cached & (lora < LORA)
+            latent = tl.load(kv_a_ptr + t * kv_a_stride_t + lora, mask=lora_mask)
+            slot = tl.load(cache_loc_ptr + t, mask=cached, other=0).to(tl.int64)
+            x, y = _load_pairs(k_pe_row, cached, HALF, HALF_P2, NEOX)
+            cos_t, sin_t = _load_cos_sin(
+                positions_ptr,
+                cos_sin_ptr,
+                cos_sin_stride,
+                t,
+                cached,
+                HALF,
+                HALF_P2,
+                ROPE_STYLE,
+            )
+            x, y = _rotate(x, y, cos_t, sin_t, ROPE_STYLE)
+            latent_fp8 = _to_fp8(latent, 1.0, 0, FP8_DTYPE, FP8_MAX)
+            x_fp8 = _to_fp8(x, 1.0, 0, FP8_DTYPE, FP8_MAX)
+            y_fp8 = _to_fp8(y, 1.0, 0, FP8_DTYPE, FP8_MAX)
+            cache_row = kv_cache_ptr + slot * kv_cache_stride
+            tl.store(cache_row + lora, latent_fp8, mask=lora_mask)
+            _store_pairs(cache_row + LORA, cached, x_fp8, y_fp8, HALF, HALF_P2, NEOX)
+
+
+def mla_prefill_quantize_fp8(
+    *,
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    kv_a: torch.Tensor,
+    k_pe: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin_cache: Optional[torch.Tensor],
+    is_neox: bool,
+    qk_nope_head_dim: int,
+    kv_cache: Optional[torch.Tensor] = None,
+    cache_loc: Optional[torch.Tensor] = None,
+    k_scale_inv: Union[float, torch.Tensor] = 1.0,
+    v_scale_inv: Union[float, torch.Tensor] = 1.0,
+    fp8_dtype: torch.dtype = torch.float8_e4m3fn,
+    enable_pdl: Optional[bool] = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Prepare the FP8 operands of an MLA prefill and write the KV cache in one launch.
+
+    With R the rotary embedding at a token's position, for each token and head:
+    ``q = fp8(cat(q_nope, R(q_pe)))``, ``k = fp8(cat(k_nope, R(k_pe)) * k_scale_inv)``,
+    ``v = fp8(v * v_scale_inv)``, and for each cached token
+    ``kv_cache[cache_loc] = fp8(cat(kv_a, R(k_pe)))``, unscaled. R rotates pair i,
+    (x, y), to (x cos - y sin, y cos + x sin) in float32, where cos and sin are elements
+    i and rope/2 + i of the position's row of cos_sin_cache (Su et al., RoFormer, 2021).
+
+    Args:
+        q: [s, h, nope + rope], bfloat16 or float16. Here and below the last dimension
+            is contiguous and the other strides are free; no input is modified.
+        kv: [s, h, nope + v], the output of ``kv_b_proj``, of q's dtype.
+        kv_a: [s, lora], the latent after its norm, of q's dtype.
+        k_pe: [s, 1, rope] or [s, rope], before RoPE, of q's dtype; rope is even.
+        positions: [s], int32 or int64, each below cos_sin_cache's length (not checked).
+        cos_sin_cache: [max_position, rope] float32, cosines in the first half of a row
+            and sines in the second; None for no RoPE.
+        is_neox: pair i is elements (i, rope/2 + i); otherwise (2i, 2i + 1).
+        qk_nope_head_dim: nope.
+        kv_cache: [slots, 1, lora + rope] or [slots, lora + rope], fp8_dtype or uint8,
+            or None to write no cache.
+        cache_loc: [n], int32 or int64, n <= s: the slots of the first n tokens, each
+            in range (not checked). Given with kv_cache.
+        k_scale_inv, v_scale_inv: reciprocals of the quantization scales, each a float
+            or a float32 tensor of one element on the device, which is read there.
+        fp8_dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
+        enable_pdl: launch with programmatic dependent launch. None: where the GPU has
+            it. True is ignored on a GPU without it.
+
+    Returns:
+        (q [s, h, nope + rope], k [s, h, nope + rope], v [s, h, v]), contiguous, in FP8;
+        rounding as in ``fp8_quantize``.
+
+    Raises:
+        ValueError: an argument of wrong dtype, shape, layout or device, by its name.
+        RuntimeError: the GPU has no FP8 conversion (before SM89).
+    """
+    key = (
+        tensor_key(q),
+        tensor_key(kv),
+        tensor_key(kv_a),
+        tensor_key(k_pe),
+        tensor_key(positions),
+        tensor_key(cos_sin_cache),
+        tensor_key(kv_cache),
+        tensor_key(cache_loc),
+        is_neox,
+        qk_nope_head_dim,
+        scale_kind("k_scale_inv", k_scale_inv, q),
+        scale_kind("v_scale_inv", v_scale_inv, q),
+        fp8_dtype,
+        enable_pdl,
+    )
+    plan = _PLANS.get(key)
+    if plan is None:
+        plan = _PLANS[key] = _Plan(
+            q, kv, kv_a, k_pe, positions, cos_sin_cache, kv_cache, cache_loc, *key[8:]
+        )
+    s = q.shape[0]
+    if not s == kv.shape[0] == kv_a.shape[0] == k_pe.shape[0] == positions.shape[0]:
+        raise ValueError(
+            "q, kv, kv_a, k_pe and positions must have the same number of tokens, got "
+            f"{s}, {kv.shape[0]}, {kv_a.shape[0]}, {k_pe.shape[0]} and "
+            f"{positions.shape[0]}"
+        )
+    num_cache_rows = 0
+    if cache_loc is not None:
+        num_cache_rows = cache_loc.shape[0]
+        if num_cache_rows > s:
+            raise ValueError(
+                f"cache_loc must have at most one slot for each of q's {s} tokens, got "
+                f"{num_cache_rows}"
+            )
+    if kv_cache is not None and kv_cache.dtype != fp8_dtype:
+        kv_cache = kv_cache.view(fp8_dtype)
+
+    q_out = torch.empty((s, *plan.qk_shape), dtype=fp8_dtype, device=plan.device)
+    k_out = torch.empty((s, *plan.qk_shape), dtype=fp8_dtype, device=plan.device)
+    v_out = torch.empty((s, *plan.v_shape), dtype=fp8_dtype, device=plan.device)
+    if s > 0:
+        plan.launch(
+            -(-s // plan.block_t) * plan.parts,
+            q,
+            kv,
+            kv_a,
+            k_pe,
+            positions,
+            cos_sin_cache,
+            q_out,
+            k_out,
+            v_out,
+            kv_cache,
+            cache_loc,
+            k_scale_inv,
+            v_scale_inv,
+            s,
+            num_cache_rows,
+            *plan.strides,
+        )
+    return q_out, k_out, v_out
+
+
+def _check_index(name: str, index: torch.Tensor, device: torch.device) -> None:
+    if (
+        index.dim() != 1
+        or index.dtype not in (torch.int32, torch.int64)
+        or index.device != device
+        or (index.numel() > 1 and index.stride(0) != 1)
+    ):
+        raise ValueError(
+            f"{name} must be a contiguous int32 or int64 vector on {device}, got "
+            f"{index.dtype} of shape {tuple(index.shape)} with strides "
+            f"{index.stride()} on {index.device}"
+        )
+
+
+class _Plan:
+    """What calls of one layout share: checked once, with the kernel compiled for it."""
+
+    def __init__(
+        self,
+        q,
+        kv,
+        kv_a,
+        k_pe,
+        positions,
+        cos_sin_cache,
+        kv_cache,
+        cache_loc,
+        is_neox,
+        nope,
+        k_kind,
+        v_kind,
+        fp8_dtype,
+        enable_pdl,
+    ):
+        check_fp8_dtype(fp8_dtype)
+        check_device("q", q)
+        if q.dim() != 3 or q.shape[1] == 0 or not 0 < nope < q.shape[2]:
+            raise ValueError(
+                f"q must be [s, h, nope + rope] with qk_nope_head_dim={nope}, got shape "
+                f"{tuple(q.shape)}"
+            )
+        h, rope = q.shape[1], q.shape[2] - nope
+        if rope % 2 != 0:
+            raise ValueError(f"q must have an even rope dimension, got {rope}")
+        if kv.dim() != 3 or kv.shape[1] != h or kv.shape[2] <= nope:
+            raise ValueError(
+                f"kv must be [s, {h}, {nope} + v], got shape {tuple(kv.shape)}"
+            )
+        if rope_dim(k_pe) != rope:
+            raise ValueError(
+                f"k_pe must have q's rope dimension, {rope}, got shape "
+                f"{tuple(k_pe.shape)}"
+            )
+        if kv_a.dim() != 2:
+            raise ValueError(f"kv_a must be [s, lora], got shape {tuple(kv_a.shape)}")
+        check_input("q", q)
+        check_input("kv", kv, q)
+        check_input("kv_a", kv_a, q)
+        check_input("k_pe", k_pe, q)
+        _check_index("positions", positions, q.device)
+
+        style = ROPE_NONE
+        if cos_sin_cache is not None:
+            style = ROPE_NEOX if is_neox else ROPE_INTERLEAVED
+            if (
+                cos_sin_cache.dim() != 2
+                or cos_sin_cache.shape[1] != rope
+                or cos_sin_cache.dtype != torch.float32
+                or cos_sin_cache.stride(1) != 1
+                or cos_sin_cache.device != q.device
+            ):
+                raise ValueError(
+                    f"cos_sin_cache must be float32 [max_position, {rope}] on "
+                    f"{q.device} with a contiguous last dimension, got "
+                    f"{cos_sin_cache.dtype} of shape {tuple(cos_sin_cache.shape)} on "
+                    f"{cos_sin_cache.device}"
+                )
+        if (kv_cache is None) != (cache_loc is None):
+            raise ValueError("kv_cache and cache_loc must be given together")
+        lora = 0
+        if kv_cache is not None:
+            lora = kv_a.shape[1]
+            _check_index("cache_loc", cache_loc, q.device)
+            if (
+                kv_cache.shape[1:] not in ((1, lora + rope), (lora + rope,))
+                or kv_cache.dtype not in (fp8_dtype, torch.uint8)
+                or kv_cache.stride(-1) != 1
+                or kv_cache.device != q.device
+            ):
+                raise ValueError(
+                    f"kv_cache must be {fp8_dtype} or uint8 [slots, 1, {lora + rope}] "
+                    f"on {q.device} with a contiguous last dimension, got "
+                    f"{kv_cache.dtype} of shape {tuple(kv_cache.shape)} on "
+                    f"{kv_cache.device}"
+                )
+
+        self.device = q.device
+        dim_v = kv.shape[2] - nope
+        self.qk_shape, self.v_shape = (h, nope + rope), (h, dim_v)
+        self.strides = (
+            *q.stride()[:2],
+            *kv.stride()[:2],
+            kv_a.stride(0),
+            k_pe.stride(0),
+            0 if cos_sin_cache is None else cos_sin_cache.stride(0),
+            0 if kv_cache is None else kv_cache.stride(0),
+        )
+        self.block_t, block_h = block_shape(h, PROGRAM_ROWS)
+        self.parts = h // block_h + (lora > 0)
+        pdl = q.is_cuda and resolve_pdl(enable_pdl)
+        self.launch = Launcher(
+            _mla_prefill_quantize_fp8_kernel,
+            q.device,
+            dict(
+                NUM_HEADS=h,
+                NOPE=nope,
+                ROPE=rope,
+                V=dim_v,
+                LORA=lora,
+                NOPE_P2=triton.next_power_of_2(nope),
+                HALF_P2=triton.next_power_of_2(rope // 2),
+                V_P2=triton.next_power_of_2(dim_v),
+                LORA_P2=triton.next_power_of_2(max(lora, 1)),
+                ROPE_STYLE=style,
+                K_SCALE_KIND=k_kind,
+                V_SCALE_KIND=v_kind,
+                FP8_DTYPE=FP8_DTYPES[fp8_dtype],
+                FP8_MAX=clamp_limit(fp8_dtype),
+                BLOCK_T=self.block_t,
+                BLOCK_H=block_h,
+                ENABLE_PDL=pdl,
+            ),
+            num_warps=NUM_WARPS,
+            enable_pdl=pdl,
+        )
+
+
+_PLANS: dict[tuple, _Plan] = {}

@@ -2,6 +2,9 @@
 
 import os
 import sys
+from pathlib import Path
+
+import pytest
 
 
 def pytest_addoption(parser):
@@ -15,13 +18,18 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     import patched_sglang
 
-    # Workers of pytest-xdist find the trees that the controller made.
-    if not hasattr(config, "workerinput"):
-        patched_sglang.lay_out(config.getoption("--sglang"))
-    sys.path.insert(0, str(patched_sglang.PATCHED))
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(patched_sglang.PATCHED), os.environ.get("PYTHONPATH")])
-    )
+    trees = patched_sglang.lay_out(config.getoption("--sglang"))
+    config.unpatched_sglang = trees.unpatched
+    sys.path.insert(0, str(trees.patched))
+    inherited = filter(None, [os.environ.get("PYTHONPATH")])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(trees.patched), *inherited])
+
     import sglang_cpu
 
     sglang_cpu.install()
+
+
+@pytest.fixture(scope="session")
+def unpatched_sglang(pytestconfig) -> Path:
+    """The folder of the same SGLang without the patch, for a process of its own."""
+    return pytestconfig.unpatched_sglang

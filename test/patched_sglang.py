@@ -2,27 +2,63 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
 import shutil
 import sys
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
-from prefill_patch import cli
+from prefill_patch import SOURCE, cli
 from prefill_patch.target import open_target
 
 BUILD = Path(__file__).resolve().parent.parent / ".build"
-UNPATCHED, PATCHED = (BUILD / name / "python" for name in ("unpatched", "patched"))
 
 
-def lay_out(sglang: str) -> None:
-    """Make UNPATCHED and PATCHED, folders for sys.path, from any target."""
+class Trees(NamedTuple):
+    """Folders for sys.path."""
+
+    unpatched: Path
+    patched: Path
+
+
+def _digest(*roots: Path) -> str:
+    digest = hashlib.sha256()
+    for root in roots:
+        for path in sorted(root.rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                digest.update(str(path.relative_to(root)).encode() + b"\0")
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def lay_out(sglang: str) -> Trees:
+    """Copy a target (release, checkout or package folder) twice and patch one copy.
+
+    The folder is named by the content of both sides, so that what is there is right
+    and nothing is changed under a process that uses it.
+    """
     target = open_target(sglang)
-    for folder, command in ((UNPATCHED, "revert"), (PATCHED, "apply")):
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(
-            target.root / target.package,
-            folder / "sglang",
-            ignore=shutil.ignore_patterns("__pycache__"),
-        )
-        status = cli.main([command, "--sglang", str(folder.parent)])
-        if status != 0:
-            sys.exit(status)
+    package = target.root / target.package
+    folder = BUILD / _digest(package, SOURCE, Path(cli.__file__).parent)
+    trees = Trees(folder / "unpatched/python", folder / "patched/python")
+    if folder.is_dir():
+        return trees
+    BUILD.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=BUILD) as work:
+        for name, command in (("unpatched", "revert"), ("patched", "apply")):
+            tree = Path(work, "trees", name)
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(package, tree / "python/sglang", ignore=ignore)
+            with contextlib.redirect_stdout(io.StringIO()):
+                status = cli.main([command, "--sglang", str(tree)])
+            if status != 0:
+                sys.exit(status)
+        try:
+            Path(work, "trees").rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
+    return trees

@@ -28,7 +28,8 @@ SCALE_UNIT, SCALE_FLOAT, SCALE_TENSOR = 0, 1, 2
 def _load_scale(scale, KIND: tl.constexpr):
     if KIND == 2:
         return tl.load(scale)
-    return scale
+    else:
+        return scale
 
 
 @triton.jit
@@ -175,13 +176,18 @@ def clamp_limit(fp8_dtype: torch.dtype) -> Optional[float]:
     return torch.finfo(fp8_dtype).max if is_hip_runtime() else None
 
 
+# Releases whose compiled kernels are known to launch as Launcher does.
+_DIRECT_LAUNCH = triton.__version__.startswith(("3.5.", "3.6."))
+
+
 class Launcher:
     """One specialization of a Triton kernel, launched past the JIT's dispatch.
 
     The dispatch looks at every argument of every call, which for a kernel of twenty
     arguments takes longer than the rest of the launch. A caller keeps a Launcher for
     each combination of what the kernel is specialized on: the constexprs, and of the
-    other arguments ``tensor_key`` and the integers not exempted from specialization.
+    other arguments the dtypes, the alignment of pointers to 16 bytes, and the integers
+    not exempted from specialization.
     """
 
     def __init__(
@@ -196,33 +202,54 @@ class Launcher:
         self._kernel = kernel
         self._device_index = device.index
         self._constexprs = constexprs
-        self._constexpr_values = tuple(constexprs.values())
         self._options = {"num_warps": num_warps}
         if enable_pdl:
             # The HIP compiler rejects options that it does not know.
             self._options["launch_pdl"] = True
-        self._compiled = None
+        self._run = None
 
-    def __call__(self, num_programs: int, *args) -> None:
+    def __call__(self, num_programs: int, tensors: tuple, numbers: tuple) -> None:
+        """Launch on `tensors` (or None) and `numbers`, the kernel's first parameters."""
+        index = self._device_index
+        if self._run is None or index != torch.cuda.current_device():
+            return self._dispatch(num_programs, tensors, numbers)
+        # An address spares the launcher a driver call for each tensor.
+        pointers = [x if x is None else x.data_ptr() for x in tensors]
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        self._run(
+            num_programs, 1, 1, stream, *self._head, *pointers, *numbers, *self._tail
+        )
+
+    def _dispatch(self, num_programs: int, tensors: tuple, numbers: tuple) -> None:
         index = self._device_index
         if index is not None and index != torch.cuda.current_device():
             with torch.cuda.device(index):
-                return self(num_programs, *args)
-        if self._compiled is not None:
-            self._compiled[(num_programs, 1, 1)](*args, *self._constexpr_values)
-            return
+                return self(num_programs, tensors, numbers)
         compiled = self._kernel[(num_programs,)](
-            *args, **self._constexprs, **self._options
+            *tensors, *numbers, **self._constexprs, **self._options
         )
         # The interpreter compiles nothing.
-        self._compiled = compiled if hasattr(compiled, "run") else None
+        if _DIRECT_LAUNCH and hasattr(compiled, "packed_metadata"):
+            no_hooks = (None, None, None)
+            self._head = (compiled.function, compiled.packed_metadata, *no_hooks)
+            self._tail = tuple(self._constexprs.values())
+            self._run = compiled.run
 
 
-def tensor_key(x: Optional[torch.Tensor]):
-    """What a kernel and its checks depend on in x, but for its first dimension."""
-    if x is None:
-        return None
-    return x.dtype, x.shape[1:], x.stride(), x.data_ptr() & 15, x.device
+def layout_key(*tensors: Optional[torch.Tensor]) -> tuple:
+    """What a kernel and its checks depend on in these tensors, but for the lengths of
+    their first dimensions."""
+    key = []
+    misaligned = 0
+    for x in tensors:
+        if x is not None:
+            misaligned |= x.data_ptr()
+            key += (x.dtype, x.shape[1:], x.stride(), x.get_device())
+        else:
+            key.append(None)
+    if misaligned & 15:
+        key += [x is not None and x.data_ptr() & 15 for x in tensors]
+    return tuple(key)
 
 
 def _flatten_to_2d(x: torch.Tensor) -> tuple[int, int, int]:
@@ -341,11 +368,7 @@ def fp8_quantize(
     )
     launch(
         triton.cdiv(num_tiles, block),
-        x,
-        out,
-        scale_inv,
-        num_tiles,
-        x_row_stride,
-        out_row_stride,
+        (x, out),
+        (scale_inv, num_tiles, x_row_stride, out_row_stride),
     )
     return out

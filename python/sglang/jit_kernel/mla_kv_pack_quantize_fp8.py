@@ -17,9 +17,9 @@ from sglang.jit_kernel.fp8_quantize import (
     check_input,
     check_output,
     clamp_limit,
+    layout_key,
     resolve_pdl,
     scale_kind,
-    tensor_key,
 )
 
 # (token, head) rows a program takes: enough 16-byte loads in flight for each thread,
@@ -49,20 +49,20 @@ def _mla_kv_pack_quantize_fp8_kernel(
     k_nope_ptr,
     k_pe_ptr,
     v_ptr,
-    k_out_ptr,
-    v_out_ptr,
+    k_ptr,
+    v_fp8_ptr,
     k_scale_inv,
     v_scale_inv,
     num_tokens,
-    k_nope_stride_t,
-    k_nope_stride_h,
-    k_pe_stride_t,
-    v_stride_t,
-    v_stride_h,
-    k_out_stride_t,
-    k_out_stride_h,
-    v_out_stride_t,
-    v_out_stride_h,
+    k_nope_token_stride,
+    k_nope_head_stride,
+    k_pe_token_stride,
+    v_token_stride,
+    v_head_stride,
+    k_token_stride,
+    k_head_stride,
+    v_fp8_token_stride,
+    v_fp8_head_stride,
     NUM_HEADS: tl.constexpr,
     NOPE: tl.constexpr,
     ROPE: tl.constexpr,
@@ -97,10 +97,10 @@ def _mla_kv_pack_quantize_fp8_kernel(
         # The next kernel waits for this one's completion, so it may be launched now.
         tl.extra.cuda.gdc_launch_dependents()
 
-    k_nope_row = k_nope_ptr + t * k_nope_stride_t + h * k_nope_stride_h
+    k_nope_row = k_nope_ptr + t * k_nope_token_stride + h * k_nope_head_stride
     k_nope = tl.load(k_nope_row + nope, mask=nope_mask)
-    v = tl.load(v_ptr + t * v_stride_t + h * v_stride_h + dim_v, mask=v_mask)
-    k_pe = tl.load(k_pe_ptr + t * k_pe_stride_t + rope, mask=rope_mask)
+    v = tl.load(v_ptr + t * v_token_stride + h * v_head_stride + dim_v, mask=v_mask)
+    k_pe = tl.load(k_pe_ptr + t * k_pe_token_stride + rope, mask=rope_mask)
     k_scale = _load_scale(k_scale_inv, K_SCALE_KIND)
     v_scale = _load_scale(v_scale_inv, V_SCALE_KIND)
 
@@ -108,12 +108,12 @@ def _mla_kv_pack_quantize_fp8_kernel(
     k_pe = _to_fp8(k_pe, k_scale, K_SCALE_KIND, FP8_DTYPE, FP8_MAX)
     v = _to_fp8(v, v_scale, V_SCALE_KIND, FP8_DTYPE, FP8_MAX)
 
-    k_out_row = k_out_ptr + t * k_out_stride_t + h * k_out_stride_h
-    v_out_row = v_out_ptr + t * v_out_stride_t + h * v_out_stride_h
-    tl.store(k_out_row + nope, k_nope, mask=nope_mask)
+    k_row = k_ptr + t * k_token_stride + h * k_head_stride
+    v_fp8_row = v_fp8_ptr + t * v_fp8_token_stride + h * v_fp8_head_stride
+    tl.store(k_row + nope, k_nope, mask=nope_mask)
     k_pe = tl.broadcast_to(k_pe, (BLOCK_T, BLOCK_H, ROPE_P2))
-    tl.store(k_out_row + NOPE + rope, k_pe, mask=rope_mask)
-    tl.store(v_out_row + dim_v, v, mask=v_mask)
+    tl.store(k_row + NOPE + rope, k_pe, mask=rope_mask)
+    tl.store(v_fp8_row + dim_v, v, mask=v_mask)
 
 
 def mla_kv_pack_quantize_fp8(
@@ -152,20 +152,16 @@ def mla_kv_pack_quantize_fp8(
         ValueError: an argument of wrong dtype, shape, layout or device, by its name.
         RuntimeError: the GPU has no FP8 conversion (before SM89).
     """
-    key = (
-        tensor_key(k_nope),
-        tensor_key(k_pe),
-        tensor_key(v),
-        tensor_key(k_out),
-        tensor_key(v_out),
+    settings = (
         scale_kind("k_scale_inv", k_scale_inv, k_nope),
         scale_kind("v_scale_inv", v_scale_inv, k_nope),
         fp8_dtype,
         enable_pdl,
     )
+    key = (layout_key(k_nope, k_pe, v, k_out, v_out), settings)
     plan = _PLANS.get(key)
     if plan is None:
-        plan = _PLANS[key] = _Plan(k_nope, k_pe, v, k_out, v_out, *key[-4:])
+        plan = _PLANS[key] = _Plan(k_nope, k_pe, v, k_out, v_out, *settings)
     s = k_nope.shape[0]
     for name, x in (("k_pe", k_pe), ("v", v), ("k_out", k_out), ("v_out", v_out)):
         if x is not None and x.shape[0] != s:
@@ -173,23 +169,21 @@ def mla_kv_pack_quantize_fp8(
                 f"{name} must have k_nope's {s} tokens, got shape {tuple(x.shape)}"
             )
     if k_out is None:
-        k_out = torch.empty((s, *plan.k_shape), dtype=fp8_dtype, device=v.device)
+        k_out = v.new_empty((s, *plan.k_shape), dtype=fp8_dtype)
     if v_out is None:
-        v_out = torch.empty((s, *plan.v_shape), dtype=fp8_dtype, device=v.device)
+        v_out = v.new_empty((s, *plan.v_shape), dtype=fp8_dtype)
     if s > 0 and plan.parts > 0:
         plan.launch(
             -(-s // plan.block_t) * plan.parts,
-            k_nope,
-            k_pe,
-            v,
-            k_out,
-            v_out,
-            k_scale_inv,
-            v_scale_inv,
-            s,
-            *plan.strides,
-            *k_out.stride()[:2],
-            *v_out.stride()[:2],
+            (k_nope, k_pe, v, k_out, v_out),
+            (
+                k_scale_inv,
+                v_scale_inv,
+                s,
+                *plan.strides,
+                *k_out.stride()[:2],
+                *v_out.stride()[:2],
+            ),
         )
     return k_out, v_out
 

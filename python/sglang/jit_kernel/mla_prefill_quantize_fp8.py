@@ -18,9 +18,9 @@ from sglang.jit_kernel.fp8_quantize import (
     check_fp8_dtype,
     check_input,
     clamp_limit,
+    layout_key,
     resolve_pdl,
     scale_kind,
-    tensor_key,
 )
 from sglang.jit_kernel.mla_kv_pack_quantize_fp8 import block_shape, rope_dim
 
@@ -67,7 +67,7 @@ def _store_pairs(row, live, x, y, HALF: tl.constexpr, HALF_P2: tl.constexpr, NEO
 def _load_cos_sin(
     positions_ptr,
     cos_sin_ptr,
-    cos_sin_stride,
+    cos_sin_row_stride,
     t,
     live,
     HALF: tl.constexpr,
@@ -77,18 +77,20 @@ def _load_cos_sin(
     """cos and sin, [T, 1, HALF_P2] each, at the positions of tokens t."""
     if ROPE_STYLE == 0:
         return 1.0, 0.0
-    position = tl.load(positions_ptr + t, mask=live, other=0).to(tl.int64)
-    i = tl.arange(0, HALF_P2)[None, None, :]
-    mask = live & (i < HALF)
-    row = cos_sin_ptr + position * cos_sin_stride
-    return tl.load(row + i, mask=mask), tl.load(row + HALF + i, mask=mask)
+    else:
+        position = tl.load(positions_ptr + t, mask=live, other=0).to(tl.int64)
+        i = tl.arange(0, HALF_P2)[None, None, :]
+        mask = live & (i < HALF)
+        row = cos_sin_ptr + position * cos_sin_row_stride
+        return tl.load(row + i, mask=mask), tl.load(row + HALF + i, mask=mask)
 
 
 @triton.jit
 def _rotate(x, y, cos, sin, ROPE_STYLE: tl.constexpr):
     if ROPE_STYLE == 0:
         return x, y
-    return x * cos - y * sin, y * cos + x * sin
+    else:
+        return x * cos - y * sin, y * cos + x * sin
 
 
 @triton.jit(
@@ -101,23 +103,23 @@ def _mla_prefill_quantize_fp8_kernel(
     k_pe_ptr,
     positions_ptr,
     cos_sin_ptr,
-    q_out_ptr,
-    k_out_ptr,
-    v_out_ptr,
     kv_cache_ptr,
     cache_loc_ptr,
+    q_fp8_ptr,
+    k_fp8_ptr,
+    v_fp8_ptr,
     k_scale_inv,
     v_scale_inv,
     num_tokens,
     num_cache_rows,
-    q_stride_t,
-    q_stride_h,
-    kv_stride_t,
-    kv_stride_h,
-    kv_a_stride_t,
-    k_pe_stride_t,
-    cos_sin_stride,
-    kv_cache_stride,
+    q_token_stride,
+    q_head_stride,
+    kv_token_stride,
+    kv_head_stride,
+    kv_a_token_stride,
+    k_pe_token_stride,
+    cos_sin_row_stride,
+    kv_cache_slot_stride,
     NUM_HEADS: tl.constexpr,
     NOPE: tl.constexpr,
     ROPE: tl.constexpr,
@@ -153,7 +155,7 @@ def _mla_prefill_quantize_fp8_kernel(
         # The next kernel waits for this one's completion, so it may be launched now.
         tl.extra.cuda.gdc_launch_dependents()
 
-    k_pe_row = k_pe_ptr + t * k_pe_stride_t
+    k_pe_row = k_pe_ptr + t * k_pe_token_stride
     if part < HEAD_BLOCKS:
         h = (part.to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :, None]
         nope = tl.arange(0, NOPE_P2)[None, None, :]
@@ -162,8 +164,8 @@ def _mla_prefill_quantize_fp8_kernel(
         v_mask = live & (dim_v < V)
 
         # The large loads first: the short ones depend on one another.
-        q_row = q_ptr + t * q_stride_t + h * q_stride_h
-        kv_row = kv_ptr + t * kv_stride_t + h * kv_stride_h
+        q_row = q_ptr + t * q_token_stride + h * q_head_stride
+        kv_row = kv_ptr + t * kv_token_stride + h * kv_head_stride
         q_nope = tl.load(q_row + nope, mask=nope_mask)
         k_nope = tl.load(kv_row + nope, mask=nope_mask)
         v = tl.load(kv_row + NOPE + dim_v, mask=v_mask)
@@ -172,7 +174,7 @@ def _mla_prefill_quantize_fp8_kernel(
         cos, sin = _load_cos_sin(
             positions_ptr,
             cos_sin_ptr,
-            cos_sin_stride,
+            cos_sin_row_stride,
             t,
             live,
             HALF,
@@ -193,27 +195,27 @@ def _mla_prefill_quantize_fp8_kernel(
         v_fp8 = _to_fp8(v, v_scale, V_SCALE_KIND, FP8_DTYPE, FP8_MAX)
 
         row = t * NUM_HEADS + h
-        q_out_row = q_out_ptr + row * (NOPE + ROPE)
-        k_out_row = k_out_ptr + row * (NOPE + ROPE)
+        q_out_row = q_fp8_ptr + row * (NOPE + ROPE)
+        k_out_row = k_fp8_ptr + row * (NOPE + ROPE)
         tl.store(q_out_row + nope, q_nope_fp8, mask=nope_mask)
         _store_pairs(q_out_row + NOPE, live, q_x_fp8, q_y_fp8, HALF, HALF_P2, NEOX)
         tl.store(k_out_row + nope, k_nope_fp8, mask=nope_mask)
         k_x_fp8 = tl.broadcast_to(k_x_fp8, (BLOCK_T, BLOCK_H, HALF_P2))
         k_y_fp8 = tl.broadcast_to(k_y_fp8, (BLOCK_T, BLOCK_H, HALF_P2))
         _store_pairs(k_out_row + NOPE, live, k_x_fp8, k_y_fp8, HALF, HALF_P2, NEOX)
-        tl.store(v_out_ptr + row * V + dim_v, v_fp8, mask=v_mask)
+        tl.store(v_fp8_ptr + row * V + dim_v, v_fp8, mask=v_mask)
     else:
         if LORA > 0:
             cached = t < num_cache_rows
             lora = tl.arange(0, LORA_P2)[None, None, :]
             lora_mask = cached & (lora < LORA)
-            latent = tl.load(kv_a_ptr + t * kv_a_stride_t + lora, mask=lora_mask)
+            latent = tl.load(kv_a_ptr + t * kv_a_token_stride + lora, mask=lora_mask)
             slot = tl.load(cache_loc_ptr + t, mask=cached, other=0).to(tl.int64)
             x, y = _load_pairs(k_pe_row, cached, HALF, HALF_P2, NEOX)
             cos_t, sin_t = _load_cos_sin(
                 positions_ptr,
                 cos_sin_ptr,
-                cos_sin_stride,
+                cos_sin_row_stride,
                 t,
                 cached,
                 HALF,
@@ -224,7 +226,7 @@ def _mla_prefill_quantize_fp8_kernel(
             latent_fp8 = _to_fp8(latent, 1.0, 0, FP8_DTYPE, FP8_MAX)
             x_fp8 = _to_fp8(x, 1.0, 0, FP8_DTYPE, FP8_MAX)
             y_fp8 = _to_fp8(y, 1.0, 0, FP8_DTYPE, FP8_MAX)
-            cache_row = kv_cache_ptr + slot * kv_cache_stride
+            cache_row = kv_cache_ptr + slot * kv_cache_slot_stride
             tl.store(cache_row + lora, latent_fp8, mask=lora_mask)
             _store_pairs(cache_row + LORA, cached, x_fp8, y_fp8, HALF, HALF_P2, NEOX)
 
@@ -284,15 +286,10 @@ def mla_prefill_quantize_fp8(
         ValueError: an argument of wrong dtype, shape, layout or device, by its name.
         RuntimeError: the GPU has no FP8 conversion (before SM89).
     """
-    key = (
-        tensor_key(q),
-        tensor_key(kv),
-        tensor_key(kv_a),
-        tensor_key(k_pe),
-        tensor_key(positions),
-        tensor_key(cos_sin_cache),
-        tensor_key(kv_cache),
-        tensor_key(cache_loc),
+    if kv_cache is not None and kv_cache.dtype == torch.uint8:
+        kv_cache = kv_cache.view(fp8_dtype)
+    tensors = (q, kv, kv_a, k_pe, positions, cos_sin_cache, kv_cache, cache_loc)
+    settings = (
         is_neox,
         qk_nope_head_dim,
         scale_kind("k_scale_inv", k_scale_inv, q),
@@ -300,11 +297,10 @@ def mla_prefill_quantize_fp8(
         fp8_dtype,
         enable_pdl,
     )
+    key = (layout_key(*tensors), settings)
     plan = _PLANS.get(key)
     if plan is None:
-        plan = _PLANS[key] = _Plan(
-            q, kv, kv_a, k_pe, positions, cos_sin_cache, kv_cache, cache_loc, *key[8:]
-        )
+        plan = _PLANS[key] = _Plan(*tensors, *settings)
     s = q.shape[0]
     if not s == kv.shape[0] == kv_a.shape[0] == k_pe.shape[0] == positions.shape[0]:
         raise ValueError(
@@ -320,31 +316,14 @@ def mla_prefill_quantize_fp8(
                 f"cache_loc must have at most one slot for each of q's {s} tokens, got "
                 f"{num_cache_rows}"
             )
-    if kv_cache is not None and kv_cache.dtype != fp8_dtype:
-        kv_cache = kv_cache.view(fp8_dtype)
-
-    q_out = torch.empty((s, *plan.qk_shape), dtype=fp8_dtype, device=plan.device)
-    k_out = torch.empty((s, *plan.qk_shape), dtype=fp8_dtype, device=plan.device)
-    v_out = torch.empty((s, *plan.v_shape), dtype=fp8_dtype, device=plan.device)
+    q_out = q.new_empty((s, *plan.qk_shape), dtype=fp8_dtype)
+    k_out = q.new_empty((s, *plan.qk_shape), dtype=fp8_dtype)
+    v_out = q.new_empty((s, *plan.v_shape), dtype=fp8_dtype)
     if s > 0:
         plan.launch(
             -(-s // plan.block_t) * plan.parts,
-            q,
-            kv,
-            kv_a,
-            k_pe,
-            positions,
-            cos_sin_cache,
-            q_out,
-            k_out,
-            v_out,
-            kv_cache,
-            cache_loc,
-            k_scale_inv,
-            v_scale_inv,
-            s,
-            num_cache_rows,
-            *plan.strides,
+            (*tensors, q_out, k_out, v_out),
+            (k_scale_inv, v_scale_inv, s, num_cache_rows, *plan.strides),
         )
     return q_out, k_out, v_out
 
@@ -434,7 +413,7 @@ class _Plan:
             _check_index("cache_loc", cache_loc, q.device)
             if (
                 kv_cache.shape[1:] not in ((1, lora + rope), (lora + rope,))
-                or kv_cache.dtype not in (fp8_dtype, torch.uint8)
+                or kv_cache.dtype != fp8_dtype
                 or kv_cache.stride(-1) != 1
                 or kv_cache.device != q.device
             ):
@@ -445,7 +424,6 @@ class _Plan:
                     f"{kv_cache.device}"
                 )
 
-        self.device = q.device
         dim_v = kv.shape[2] - nope
         self.qk_shape, self.v_shape = (h, nope + rope), (h, dim_v)
         self.strides = (

@@ -82,7 +82,10 @@ def is_poison(x: torch.Tensor) -> bool:
 
 
 def rotate(
-    x: torch.Tensor, positions: torch.Tensor, cos_sin: Optional[torch.Tensor], neox: bool
+    x: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: Optional[torch.Tensor],
+    neox: bool,
 ) -> torch.Tensor:
     """RoPE of x [s, h, rope] in float64; pair i turns by the angle of its position."""
     x = x.double()

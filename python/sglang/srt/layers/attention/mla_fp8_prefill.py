@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Callable, Optional
 
 import torch
 
+from sglang.jit_kernel.fixup_zero_kv import fixup_zero_kv_rows
 from sglang.jit_kernel.fp8_quantize import fp8_quantize
 from sglang.jit_kernel.mla_kv_pack_quantize_fp8 import mla_kv_pack_quantize_fp8
 from sglang.jit_kernel.mla_prefill_quantize_fp8 import mla_prefill_quantize_fp8
@@ -141,12 +142,7 @@ def _log_once(message: str) -> None:
     log_info_on_rank0(logger, message)
 
 
-def _scale_of(layer: RadixAttention, name: str) -> float:
-    scale = getattr(layer, name, None)
-    return 1.0 if scale is None else scale
-
-
-def _rope_supported(rotary_emb: torch.nn.Module, rope_dim: int) -> bool:
+def _is_plain_rope(rotary_emb: torch.nn.Module, rope_dim: int) -> bool:
     """Whether cos_sin_cache, indexed by the positions, is all there is to this RoPE."""
     from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 
@@ -154,9 +150,7 @@ def _rope_supported(rotary_emb: torch.nn.Module, rope_dim: int) -> bool:
         isinstance(rotary_emb, RotaryEmbedding)
         and type(rotary_emb).forward_cuda is RotaryEmbedding.forward_cuda
         and rotary_emb.rotary_dim == rope_dim
-        and rotary_emb.cos_sin_cache.dim() == 2
-        and rotary_emb.cos_sin_cache.shape[1] == rope_dim
-        and rotary_emb.cos_sin_cache.dtype == torch.float32
+        and rotary_emb.cos_sin_cache.shape[1:] == (rope_dim,)
     )
 
 
@@ -212,7 +206,7 @@ class MLAFP8PrefillMixin:
         Called at the end of the backend's ``__init__``.
         """
         self.prefill_declines: Counter = Counter()
-        self._rope_checked: dict = {}
+        self._plain_rope: dict[torch.nn.Module, bool] = {}
         self._pool_checked: tuple = (None, None)
         self._check_prefill_indices = envs.SGLANG_MLA_FP8_PREFILL_CHECK.get()
         self._prefill_producer = envs.SGLANG_MLA_FP8_PREFILL.get().lower()
@@ -270,7 +264,7 @@ class MLAFP8PrefillMixin:
         self,
         q: torch.Tensor,
         positions: torch.Tensor,
-        layer: DeepseekV2AttentionMLA,
+        rotary_emb: Optional[torch.nn.Module],
         forward_batch: ForwardBatch,
     ) -> Optional[str]:
         """Why this batch cannot be taken, or None."""
@@ -294,30 +288,30 @@ class MLAFP8PrefillMixin:
             return "activation dtype"
         if forward_batch.out_cache_loc.shape[0] > q.shape[0]:
             return "more cache slots than tokens"
-        rotary_emb = layer.rotary_emb
         if rotary_emb is not None:
-            if positions.dim() != 1:
-                return "multi-dimensional positions"
-            key = (id(rotary_emb), rotary_emb.cos_sin_cache.dtype)
-            if key not in self._rope_checked:
-                self._rope_checked[key] = _rope_supported(
-                    rotary_emb, layer.qk_rope_head_dim
-                )
-            if not self._rope_checked[key]:
+            plain = self._plain_rope.get(rotary_emb)
+            if plain is None:
+                plain = _is_plain_rope(rotary_emb, self.qk_rope_head_dim)
+                self._plain_rope[rotary_emb] = plain
+            if not plain or positions.dim() != 1:
                 return "rotary embedding"
+            if rotary_emb.cos_sin_cache.dtype != torch.float32:
+                return "cosines not in float32"
         pool = forward_batch.token_to_kv_pool
         if self._pool_checked[0] is not pool:
             self._pool_checked = (pool, _pool_producer(pool))
-        if self._pool_checked[1] is None:
+        producer = self._pool_checked[1]
+        if producer is None:
             return "KV pool"
-        if self._pool_checked[1] == COMPOSED and not is_flashinfer_available():
+        if producer == COMPOSED and not is_flashinfer_available():
             return "KV pool without FlashInfer"
         return None
 
     def _prefill_scale_invs(self, layer: RadixAttention) -> tuple[float, float]:
         """(1 / k_scale, 1 / v_scale) of the checkpoint."""
-        k_scale = _scale_of(layer, "k_scale_float")
-        v_scale = _scale_of(layer, "v_scale_float")
+        k_scale, v_scale = layer.k_scale_float, layer.v_scale_float
+        k_scale = 1.0 if k_scale is None else k_scale
+        v_scale = 1.0 if v_scale is None else v_scale
         if k_scale == 1.0 and v_scale == 1.0:
             return 1.0, 1.0
         if not self.prefill_kernel_has_kv_scales:
@@ -348,14 +342,14 @@ class MLAFP8PrefillMixin:
         """
         if self._prefill_off is not None:
             return None
-        reason = self._batch_decline(q, positions, layer, forward_batch)
+        rotary_emb = layer.rotary_emb
+        reason = self._batch_decline(q, positions, rotary_emb, forward_batch)
         if reason is not None:
             self.prefill_declines[reason] += 1
             return None
         attn = layer.attn_mha
         k_scale_inv, v_scale_inv = self._prefill_scale_invs(attn)
         pool, producer = self._pool_checked
-        rotary_emb = layer.rotary_emb
         cos_sin_cache = None if rotary_emb is None else rotary_emb.cos_sin_cache
         is_neox = rotary_emb is not None and rotary_emb.is_neox_style
         cache_loc = forward_batch.out_cache_loc
@@ -394,33 +388,18 @@ class MLAFP8PrefillMixin:
             )
             k_pe_fp8 = fp8_quantize(k_pe)
         else:
-            rope = functools.partial(
-                self._fused_rope_fp8_quantize,
-                cos_sin_cache=cos_sin_cache,
-                positions=positions,
-                is_neox=is_neox,
-                qk_rope_head_dim=layer.qk_rope_head_dim,
-            )
-            q_fp8, k_fp8 = rope(
-                q_nope=q[..., :nope],
-                q_pe=q_pe,
-                k_nope=k_nope,
-                k_pe=k_pe,
-                qk_nope_head_dim=nope,
-                k_scale_inv=k_scale_inv,
+            rope = (cos_sin_cache, positions, is_neox)
+            q_fp8, k_fp8 = self._fused_rope_fp8_quantize(
+                q, k_nope, k_pe, *rope, k_scale_inv
             )
             v_fp8 = fp8_quantize(v, v_scale_inv)
-            if k_scale_inv == 1.0:
-                # Every head of K carries the rotated k_pe that the cache wants.
-                k_pe_fp8 = k_fp8[:, :1, nope:]
-            else:
-                k_pe_fp8 = rope(
-                    q_nope=k_pe[..., :0],
-                    q_pe=k_pe,
-                    k_nope=k_pe[..., :0],
-                    k_pe=k_pe,
-                    qk_nope_head_dim=0,
-                )[1]
+            # Every head of K carries the rotated k_pe that the cache wants, unless it
+            # is scaled.
+            k_pe_fp8 = k_fp8[:, :1, nope:]
+            if k_scale_inv != 1.0:
+                k_pe_fp8, _ = self._fused_rope_fp8_quantize(
+                    k_pe, k_pe[..., :0], k_pe, *rope
+                )
         num_cached = cache_loc.shape[0]
         pool.set_mla_kv_buffer(
             attn,
@@ -432,53 +411,49 @@ class MLAFP8PrefillMixin:
 
     def _fused_rope_fp8_quantize(
         self,
-        q_nope: torch.Tensor,
-        q_pe: torch.Tensor,
+        q: torch.Tensor,
         k_nope: torch.Tensor,
         k_pe: torch.Tensor,
         cos_sin_cache: torch.Tensor,
         positions: torch.Tensor,
         is_neox: bool,
-        qk_nope_head_dim: int,
-        qk_rope_head_dim: int,
         k_scale_inv: float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """FlashInfer's RoPE and quantization, straight into packed FP8 q and k.
 
-        q_nope, k_nope [s, h, nope], q_pe [s, h, rope], k_pe [s, 1, rope] shared by the
-        heads or [s, h, rope]; returns q, k [s, h, nope + rope], k times k_scale_inv.
+        q [s, h, nope + rope], k_nope [s, h, nope], k_pe [s, 1, rope], shared by the
+        heads; returns q and k, [s, h, nope + rope], k times k_scale_inv.
         """
-        s, h, _ = q_pe.shape
-        shape = (s, h, qk_nope_head_dim + qk_rope_head_dim)
-        q_fp8 = torch.empty(shape, dtype=FP8, device=q_pe.device)
+        q_fp8 = q.new_empty(q.shape, dtype=FP8)
         k_fp8 = torch.empty_like(q_fp8)
-        if s > 0:
-            flashinfer.rope.mla_rope_quantize_fp8(
-                q_pe,
-                k_pe.expand(s, h, qk_rope_head_dim),
-                q_nope,
-                k_nope,
-                cos_sin_cache,
-                positions,
-                is_neox=is_neox,
-                quantize_dtype=FP8,
-                quant_scale_q=1.0,
-                quant_scale_kv=k_scale_inv,
-                q_nope_out=q_fp8[..., :qk_nope_head_dim],
-                q_rope_out=q_fp8[..., qk_nope_head_dim:],
-                k_nope_out=k_fp8[..., :qk_nope_head_dim],
-                k_rope_out=k_fp8[..., qk_nope_head_dim:],
-                enable_pdl=is_arch_support_pdl(),
-            )
+        if q.shape[0] == 0:
+            return q_fp8, k_fp8
+        parts = [k_nope.shape[-1], k_pe.shape[-1]]
+        q_nope, q_pe = q.split(parts, dim=-1)
+        q_nope_fp8, q_pe_fp8 = q_fp8.split(parts, dim=-1)
+        k_nope_fp8, k_pe_fp8 = k_fp8.split(parts, dim=-1)
+        flashinfer.rope.mla_rope_quantize_fp8(
+            q_pe,
+            k_pe.expand_as(q_pe),
+            q_nope,
+            k_nope,
+            cos_sin_cache,
+            positions,
+            is_neox=is_neox,
+            quantize_dtype=FP8,
+            quant_scale_q=1.0,
+            quant_scale_kv=k_scale_inv,
+            q_nope_out=q_nope_fp8,
+            q_rope_out=q_pe_fp8,
+            k_nope_out=k_nope_fp8,
+            k_rope_out=k_pe_fp8,
+            enable_pdl=is_arch_support_pdl(),
+        )
         return q_fp8, k_fp8
 
     def pack_prefix_chunk_kv(
-        self,
-        k_nope: torch.Tensor,
-        k_pe: torch.Tensor,
-        v: torch.Tensor,
-        layer: Optional[RadixAttention] = None,
-    ) -> QKV:
+        self, k_nope, k_pe, v, layer: Optional[RadixAttention] = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """FP8 (k, v), contiguous, of a prefix chunk; k_pe is rotated already.
 
         k_nope [n, h, nope], k_pe [n, 1, rope], v [n, h, v]; k and v are divided by the
@@ -486,6 +461,19 @@ class MLAFP8PrefillMixin:
         """
         scale_invs = (1.0, 1.0) if layer is None else self._prefill_scale_invs(layer)
         return mla_kv_pack_quantize_fp8(k_nope, k_pe, v, *scale_invs)
+
+    def _fixup_zero_kv_rows(self, out, lse, kv_lens, cum_seq_lens, max_seq_len):
+        """``fixup_zero_kv_rows`` for any number of heads: out = 0 and lse = -inf in the
+        rows of requests without keys. Its 16-byte writes of lse fault on head counts
+        that are no multiple of four."""
+        if lse.shape[1] % 4 == 0:
+            fixup_zero_kv_rows(out, lse, kv_lens, cum_seq_lens, max_seq_len)
+            return
+        rows = torch.repeat_interleave(
+            kv_lens == 0, cum_seq_lens.diff(), output_size=self.num_prefill_tokens
+        )
+        out[: rows.shape[0]].masked_fill_(rows[:, None, None], 0)
+        lse[: rows.shape[0]].masked_fill_(rows[:, None], -torch.inf)
 
     def _run_padded_prefill_kernel(self, **kwargs):
         """``_run_prefill_kernel``, which leaves the rows of data-parallel padding

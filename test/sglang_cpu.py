@@ -25,7 +25,8 @@ def install() -> bool:
         return False
     os.environ.setdefault("TRITON_INTERPRET", "1")
     _define_torchvision_ops()
-    _fix_interpreter()
+    if os.environ["TRITON_INTERPRET"] == "1":
+        _fix_interpreter()
     return True
 
 

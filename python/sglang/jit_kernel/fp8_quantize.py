@@ -12,6 +12,7 @@ from typing import Optional, Union
 import torch
 import triton
 import triton.language as tl
+
 from sglang.jit_kernel.utils import cache_once, is_arch_support_pdl, is_hip_runtime
 
 FP8_DTYPES = {
@@ -34,14 +35,21 @@ def _load_scale(scale, KIND: tl.constexpr):
 
 @triton.jit
 def _to_fp8(
-    x, scale, KIND: tl.constexpr, FP8_DTYPE: tl.constexpr, FP8_MAX: tl.constexpr
+    x, scale, KIND: tl.constexpr, FP8_DTYPE: tl.constexpr, CONVERSION: tl.constexpr
 ):
-    """``fp8(x * scale)``. FP8_MAX is None where the conversion itself saturates."""
+    """``fp8(x * scale)``, rounded once to nearest even and saturated; NaN is kept."""
     y = x.to(tl.float32)
     if KIND != 0:
         y = y * scale
-    if FP8_MAX is not None:
-        y = tl.clamp(y, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
+    if CONVERSION == 1:
+        LIMIT: tl.constexpr = 448.0 if FP8_DTYPE == tl.float8e4nv else 57344.0
+        y = tl.clamp(y, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    if CONVERSION == 2:
+        # Round to odd at float16's precision: the truncation to float16 that follows
+        # is then exact, and the rounding to FP8 the only one.
+        bits = y.to(tl.int32, bitcast=True)
+        odd = (bits & ~0x1FFF) | tl.where((bits & 0x1FFF) != 0, 0x2000, 0)
+        y = odd.to(tl.float32, bitcast=True)
     return y.to(FP8_DTYPE)
 
 
@@ -58,7 +66,7 @@ def _fp8_quantize_kernel(
     BLOCK: tl.constexpr,
     SCALE_KIND: tl.constexpr,
     FP8_DTYPE: tl.constexpr,
-    FP8_MAX: tl.constexpr,
+    CONVERSION: tl.constexpr,
     ENABLE_PDL: tl.constexpr,
 ):
     """A row of N elements is cut into tiles of WIDTH; a program takes BLOCK tiles."""
@@ -77,7 +85,7 @@ def _fp8_quantize_kernel(
 
     x = tl.load(x_ptr + row[:, None] * x_row_stride + column, mask=mask)
     scale = _load_scale(scale_inv, SCALE_KIND)
-    y = _to_fp8(x, scale, SCALE_KIND, FP8_DTYPE, FP8_MAX)
+    y = _to_fp8(x, scale, SCALE_KIND, FP8_DTYPE, CONVERSION)
     tl.store(out_ptr + row[:, None] * out_row_stride + column, y, mask=mask)
 
 
@@ -171,9 +179,18 @@ def resolve_pdl(enable_pdl: Optional[bool]) -> bool:
     return enable_pdl is not False and is_arch_support_pdl()
 
 
-def clamp_limit(fp8_dtype: torch.dtype) -> Optional[float]:
-    """The limit to clamp to before a conversion that does not saturate by itself."""
-    return torch.finfo(fp8_dtype).max if is_hip_runtime() else None
+# How float32 becomes FP8: in one instruction that rounds to nearest even and saturates;
+# with the saturation left to the kernel; or through a truncation to float16.
+CONVERT_DIRECTLY, CONVERT_CLAMPED, CONVERT_THROUGH_FLOAT16 = 0, 1, 2
+
+
+def fp8_conversion(device: torch.device) -> int:
+    """What Triton does on this device."""
+    if is_hip_runtime():
+        return CONVERT_CLAMPED
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        return CONVERT_THROUGH_FLOAT16
+    return CONVERT_DIRECTLY
 
 
 # Releases whose compiled kernels are known to launch as Launcher does.
@@ -213,11 +230,16 @@ class Launcher:
         index = self._device_index
         if self._run is None or index != torch.cuda.current_device():
             return self._dispatch(num_programs, tensors, numbers)
-        # An address spares the launcher a driver call for each tensor.
-        pointers = [x if x is None else x.data_ptr() for x in tensors]
-        stream = torch._C._cuda_getCurrentRawStream(index)
         self._run(
-            num_programs, 1, 1, stream, *self._head, *pointers, *numbers, *self._tail
+            num_programs,
+            1,
+            1,
+            torch._C._cuda_getCurrentRawStream(index),
+            *self._head,
+            # An address spares the launcher a driver call for each tensor.
+            *[None if x is None else x.data_ptr() for x in tensors],
+            *numbers,
+            *self._tail,
         )
 
     def _dispatch(self, num_programs: int, tensors: tuple, numbers: tuple) -> None:
@@ -242,11 +264,11 @@ def layout_key(*tensors: Optional[torch.Tensor]) -> tuple:
     key = []
     misaligned = 0
     for x in tensors:
-        if x is not None:
-            misaligned |= x.data_ptr()
-            key += (x.dtype, x.shape[1:], x.stride(), x.get_device())
-        else:
+        if x is None:
             key.append(None)
+            continue
+        misaligned |= x.data_ptr()
+        key += x.dtype, x.shape[1:], x.stride(), x.get_device()
     if misaligned & 15:
         key += [x is not None and x.data_ptr() & 15 for x in tensors]
     return tuple(key)
@@ -360,7 +382,7 @@ def fp8_quantize(
             BLOCK=block,
             SCALE_KIND=kind,
             FP8_DTYPE=FP8_DTYPES[fp8_dtype],
-            FP8_MAX=clamp_limit(fp8_dtype),
+            CONVERSION=fp8_conversion(x.device),
             ENABLE_PDL=pdl,
         ),
         num_warps=4,

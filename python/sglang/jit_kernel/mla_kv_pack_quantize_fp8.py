@@ -7,6 +7,7 @@ from typing import Optional, Union
 import torch
 import triton
 import triton.language as tl
+
 from sglang.jit_kernel.fp8_quantize import (
     FP8_DTYPES,
     Launcher,
@@ -16,7 +17,7 @@ from sglang.jit_kernel.fp8_quantize import (
     check_fp8_dtype,
     check_input,
     check_output,
-    clamp_limit,
+    fp8_conversion,
     layout_key,
     resolve_pdl,
     scale_kind,
@@ -73,7 +74,7 @@ def _mla_kv_pack_quantize_fp8_kernel(
     K_SCALE_KIND: tl.constexpr,
     V_SCALE_KIND: tl.constexpr,
     FP8_DTYPE: tl.constexpr,
-    FP8_MAX: tl.constexpr,
+    CONVERSION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     ENABLE_PDL: tl.constexpr,
@@ -104,9 +105,9 @@ def _mla_kv_pack_quantize_fp8_kernel(
     k_scale = _load_scale(k_scale_inv, K_SCALE_KIND)
     v_scale = _load_scale(v_scale_inv, V_SCALE_KIND)
 
-    k_nope = _to_fp8(k_nope, k_scale, K_SCALE_KIND, FP8_DTYPE, FP8_MAX)
-    k_pe = _to_fp8(k_pe, k_scale, K_SCALE_KIND, FP8_DTYPE, FP8_MAX)
-    v = _to_fp8(v, v_scale, V_SCALE_KIND, FP8_DTYPE, FP8_MAX)
+    k_nope = _to_fp8(k_nope, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
+    k_pe = _to_fp8(k_pe, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
+    v = _to_fp8(v, v_scale, V_SCALE_KIND, FP8_DTYPE, CONVERSION)
 
     k_row = k_ptr + t * k_token_stride + h * k_head_stride
     v_fp8_row = v_fp8_ptr + t * v_fp8_token_stride + h * v_fp8_head_stride
@@ -236,7 +237,7 @@ class _Plan:
                 K_SCALE_KIND=k_kind,
                 V_SCALE_KIND=v_kind,
                 FP8_DTYPE=FP8_DTYPES[fp8_dtype],
-                FP8_MAX=clamp_limit(fp8_dtype),
+                CONVERSION=fp8_conversion(v.device),
                 BLOCK_T=self.block_t,
                 BLOCK_H=block_h,
                 ENABLE_PDL=pdl,

@@ -9,6 +9,7 @@ from typing import Optional, Union
 import torch
 import triton
 import triton.language as tl
+
 from sglang.jit_kernel.fp8_quantize import (
     FP8_DTYPES,
     Launcher,
@@ -17,7 +18,7 @@ from sglang.jit_kernel.fp8_quantize import (
     check_device,
     check_fp8_dtype,
     check_input,
-    clamp_limit,
+    fp8_conversion,
     layout_key,
     resolve_pdl,
     scale_kind,
@@ -25,8 +26,9 @@ from sglang.jit_kernel.fp8_quantize import (
 from sglang.jit_kernel.mla_kv_pack_quantize_fp8 import block_shape, rope_dim
 
 # (token, head) rows a program takes: enough 16-byte loads in flight for each thread,
-# and small batches still spread over the GPU.
+# few enough registers, and small batches still spread over the GPU.
 PROGRAM_ROWS = 16
+PROGRAM_ROWS_OF_WIDE_HEADS = 8  # nope + v beyond 256, as GLM's
 NUM_WARPS = 4
 
 ROPE_NONE, ROPE_INTERLEAVED, ROPE_NEOX = 0, 1, 2
@@ -133,7 +135,7 @@ def _mla_prefill_quantize_fp8_kernel(
     K_SCALE_KIND: tl.constexpr,
     V_SCALE_KIND: tl.constexpr,
     FP8_DTYPE: tl.constexpr,
-    FP8_MAX: tl.constexpr,
+    CONVERSION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     ENABLE_PDL: tl.constexpr,
@@ -186,13 +188,13 @@ def _mla_prefill_quantize_fp8_kernel(
 
         q_x, q_y = _rotate(q_x, q_y, cos, sin, ROPE_STYLE)
         k_x, k_y = _rotate(k_x, k_y, cos, sin, ROPE_STYLE)
-        q_nope_fp8 = _to_fp8(q_nope, 1.0, 0, FP8_DTYPE, FP8_MAX)
-        q_x_fp8 = _to_fp8(q_x, 1.0, 0, FP8_DTYPE, FP8_MAX)
-        q_y_fp8 = _to_fp8(q_y, 1.0, 0, FP8_DTYPE, FP8_MAX)
-        k_nope_fp8 = _to_fp8(k_nope, k_scale, K_SCALE_KIND, FP8_DTYPE, FP8_MAX)
-        k_x_fp8 = _to_fp8(k_x, k_scale, K_SCALE_KIND, FP8_DTYPE, FP8_MAX)
-        k_y_fp8 = _to_fp8(k_y, k_scale, K_SCALE_KIND, FP8_DTYPE, FP8_MAX)
-        v_fp8 = _to_fp8(v, v_scale, V_SCALE_KIND, FP8_DTYPE, FP8_MAX)
+        q_nope_fp8 = _to_fp8(q_nope, 1.0, 0, FP8_DTYPE, CONVERSION)
+        q_x_fp8 = _to_fp8(q_x, 1.0, 0, FP8_DTYPE, CONVERSION)
+        q_y_fp8 = _to_fp8(q_y, 1.0, 0, FP8_DTYPE, CONVERSION)
+        k_nope_fp8 = _to_fp8(k_nope, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
+        k_x_fp8 = _to_fp8(k_x, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
+        k_y_fp8 = _to_fp8(k_y, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
+        v_fp8 = _to_fp8(v, v_scale, V_SCALE_KIND, FP8_DTYPE, CONVERSION)
 
         row = t * NUM_HEADS + h
         q_out_row = q_fp8_ptr + row * (NOPE + ROPE)
@@ -223,9 +225,9 @@ def _mla_prefill_quantize_fp8_kernel(
                 ROPE_STYLE,
             )
             x, y = _rotate(x, y, cos_t, sin_t, ROPE_STYLE)
-            latent_fp8 = _to_fp8(latent, 1.0, 0, FP8_DTYPE, FP8_MAX)
-            x_fp8 = _to_fp8(x, 1.0, 0, FP8_DTYPE, FP8_MAX)
-            y_fp8 = _to_fp8(y, 1.0, 0, FP8_DTYPE, FP8_MAX)
+            latent_fp8 = _to_fp8(latent, 1.0, 0, FP8_DTYPE, CONVERSION)
+            x_fp8 = _to_fp8(x, 1.0, 0, FP8_DTYPE, CONVERSION)
+            y_fp8 = _to_fp8(y, 1.0, 0, FP8_DTYPE, CONVERSION)
             cache_row = kv_cache_ptr + slot * kv_cache_slot_stride
             tl.store(cache_row + lora, latent_fp8, mask=lora_mask)
             _store_pairs(cache_row + LORA, cached, x_fp8, y_fp8, HALF, HALF_P2, NEOX)
@@ -434,7 +436,10 @@ class _Plan:
             0 if cos_sin_cache is None else cos_sin_cache.stride(0),
             0 if kv_cache is None else kv_cache.stride(0),
         )
-        self.block_t, block_h = block_shape(h, PROGRAM_ROWS)
+        wide = nope + dim_v > 256
+        self.block_t, block_h = block_shape(
+            h, PROGRAM_ROWS_OF_WIDE_HEADS if wide else PROGRAM_ROWS
+        )
         self.parts = h // block_h + (lora > 0)
         pdl = q.is_cuda and resolve_pdl(enable_pdl)
         self.launch = Launcher(
@@ -454,7 +459,7 @@ class _Plan:
                 K_SCALE_KIND=k_kind,
                 V_SCALE_KIND=v_kind,
                 FP8_DTYPE=FP8_DTYPES[fp8_dtype],
-                FP8_MAX=clamp_limit(fp8_dtype),
+                CONVERSION=fp8_conversion(q.device),
                 BLOCK_T=self.block_t,
                 BLOCK_H=block_h,
                 ENABLE_PDL=pdl,

@@ -43,6 +43,7 @@ from sglang.srt.environ import envs
 from sglang.srt.model_executor.breakable_cuda_graph.context import (
     is_in_breakable_cuda_graph,
 )
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.utils import is_flashinfer_available, log_info_on_rank0
 
 if is_flashinfer_available():
@@ -265,6 +266,7 @@ class MLAFP8PrefillMixin:
         q: torch.Tensor,
         positions: torch.Tensor,
         rotary_emb: Optional[torch.nn.Module],
+        cos_sin_cache: Optional[torch.Tensor],
         forward_batch: ForwardBatch,
     ) -> Optional[str]:
         """Why this batch cannot be taken, or None."""
@@ -282,7 +284,8 @@ class MLAFP8PrefillMixin:
             return "CUDA graph"
         if forward_batch.mha_one_shot and any(forward_batch.extend_prefix_lens_cpu):
             return "one-shot attention over a prefix"
-        if not forward_batch.forward_mode.is_extend_without_speculative():
+        mode = forward_batch.forward_mode
+        if mode is not ForwardMode.EXTEND and not mode.is_extend_without_speculative():
             return "speculative batch"
         if q.dtype != self.q_data_type:
             return "activation dtype"
@@ -295,7 +298,7 @@ class MLAFP8PrefillMixin:
                 self._plain_rope[rotary_emb] = plain
             if not plain or positions.dim() != 1:
                 return "rotary embedding"
-            if rotary_emb.cos_sin_cache.dtype != torch.float32:
+            if cos_sin_cache.dtype != torch.float32:
                 return "cosines not in float32"
         pool = forward_batch.token_to_kv_pool
         if self._pool_checked[0] is not pool:
@@ -343,14 +346,16 @@ class MLAFP8PrefillMixin:
         if self._prefill_off is not None:
             return None
         rotary_emb = layer.rotary_emb
-        reason = self._batch_decline(q, positions, rotary_emb, forward_batch)
+        cos_sin_cache = getattr(rotary_emb, "cos_sin_cache", None)
+        reason = self._batch_decline(
+            q, positions, rotary_emb, cos_sin_cache, forward_batch
+        )
         if reason is not None:
             self.prefill_declines[reason] += 1
             return None
         attn = layer.attn_mha
         k_scale_inv, v_scale_inv = self._prefill_scale_invs(attn)
         pool, producer = self._pool_checked
-        cos_sin_cache = None if rotary_emb is None else rotary_emb.cos_sin_cache
         is_neox = rotary_emb is not None and rotary_emb.is_neox_style
         cache_loc = forward_batch.out_cache_loc
         if self._check_prefill_indices:

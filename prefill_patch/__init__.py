@@ -1,0 +1,10 @@
+"""Builds, applies and takes back the FP8 prefill patch for an SGLang source tree.
+
+Only the standard library is used: the tool runs in whatever Python is at hand,
+next to the SGLang that it patches and without importing it.
+"""
+
+from pathlib import Path
+
+# The mirrored tree: new files as they are, edits of upstream files as `*.edit`.
+SOURCE = Path(__file__).resolve().parent.parent / "python" / "sglang"

@@ -1,0 +1,236 @@
+"""The SGLang tree to patch: where it is, which release, what may be written."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from prefill_patch.errors import PatchError
+
+_RELEASE = re.compile(r"v?(\d+(?:\.\d+)+(?:(?:a|b|rc)\d+)?(?:\.post\d+)?(?:\.dev\d+)?)")
+# SGLang's wheels are built for one interpreter and platform. Only their Python files
+# are wanted, so the wheel for another machine does where there is none for this one.
+_ANY_HOST = (
+    "--python-version=3.11",
+    "--implementation=cp",
+    "--abi=cp311",
+    "--abi=abi3",
+    "--abi=none",
+    *(
+        f"--platform={name}_x86_64"
+        for name in ("manylinux_2_34", "manylinux_2_28", "manylinux_2_17", "linux")
+    ),
+    "--platform=manylinux2014_x86_64",
+    "--platform=any",
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """An SGLang tree. `package` is its package folder, relative to `root`."""
+
+    root: Path
+    package: str
+    version: str
+
+    def path(self, relative: str) -> str:
+        """A path below the package, as it stands in the diff."""
+        return f"{self.package}/{relative}"
+
+    def file(self, relative: str) -> Path:
+        return self.root / self.path(relative)
+
+    def parents(self, relative: str) -> Iterator[Path]:
+        """The folders from the root down to a file, the root left out."""
+        for parent in reversed(PurePosixPath(self.path(relative)).parents[:-1]):
+            yield self.root / parent
+
+    def read(self, relative: str) -> bytes | None:
+        """A file's bytes, None where there is none.
+
+        Links are not followed: writing through one could leave the target, and git
+        does not.
+        """
+        file = self.file(relative)
+        try:
+            for path in (*self.parents(relative), file):
+                if path.is_symlink():
+                    name = path.relative_to(self.root).as_posix()
+                    raise PatchError(
+                        f"a symbolic link to {os.readlink(path)}, which is not "
+                        "followed: give the tree that really holds the files",
+                        file=name,
+                    )
+            if not os.path.lexists(file):
+                return None
+            if not file.is_file():
+                raise PatchError("not a regular file", file=self.path(relative))
+            return file.read_bytes()
+        except OSError as error:
+            reason = f"cannot be read: {error.strerror}"
+            raise PatchError(reason, file=self.path(relative)) from None
+
+
+def open_target(given: str | os.PathLike[str]) -> Target:
+    """The tree that a path or a release number stands for."""
+    try:
+        return _open_target(str(given))
+    except OSError as error:
+        raise PatchError(f"{given}: cannot be read: {error.strerror}") from None
+
+
+def _open_target(given: str) -> Target:
+    path = Path(given)
+    if not given or not path.exists():
+        release = _RELEASE.fullmatch(given)
+        if not release:
+            raise PatchError(
+                f"{given!r}: no such folder, nor a release number such as 0.5.12.post1"
+            )
+        path = fetch_release(release[1])
+    root = path.resolve()
+    if (root / "python/sglang/srt").is_dir():
+        package = "python/sglang"
+    elif (root / "sglang/srt").is_dir():
+        package = "sglang"
+    elif root.name == "sglang" and (root / "srt").is_dir():
+        root, package = root.parent, "sglang"
+    else:
+        raise PatchError(
+            f"{given}: not an SGLang tree; give a git checkout (with python/sglang/ "
+            "inside), a site-packages folder with sglang/ inside, or that sglang/"
+        )
+    return Target(root, package, _version(root, package))
+
+
+def fetch_release(version: str, cache: Path | None = None) -> Path:
+    """A release from the package index, laid out as a checkout in a cache folder."""
+    if cache is None:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        cache = Path(base) / "sglang-fp8-prefill"
+    folder = cache / f"sglang-{version}"
+    if folder.is_dir():
+        return folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as work:
+            wheel = _download(version, Path(work))
+            laid_out = Path(work) / "tree"
+            _extract(wheel, laid_out / "python")
+            try:
+                laid_out.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was faster
+                    raise
+    except OSError as error:
+        raise PatchError(f"SGLang {version}: cannot be cached: {error}") from None
+    return folder
+
+
+def _download(version: str, folder: Path) -> Path:
+    print(f"getting the SGLang {version} wheel with pip", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+    command += ["--disable-pip-version-check", "--only-binary=:all:"]
+    command += [f"--dest={folder}", f"sglang=={version}"]
+    complaints = []
+    for options in ((), _ANY_HOST):
+        done = subprocess.run([*command, *options], capture_output=True, text=True)
+        complaints += [
+            line.removeprefix("ERROR: ")
+            for line in done.stderr.splitlines()
+            if line.startswith("ERROR: ") or "No module named" in line
+        ]
+        wheels = sorted(folder.glob("sglang-*.whl"))
+        if done.returncode == 0 and wheels:
+            return wheels[0]
+    why = complaints[-1] if complaints else "pip did not say why"
+    raise PatchError(f"SGLang {version}: pip could not get the wheel: {why}")
+
+
+def _extract(wheel: Path, folder: Path) -> None:
+    """Unpack the package itself; every entry has to stay inside `folder`."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for entry in archive.infolist():
+                path = PurePosixPath(entry.filename)
+                if path.is_absolute() or ".." in path.parts or "\\" in entry.filename:
+                    raise PatchError(f"{wheel.name}: unsafe path {entry.filename!r}")
+                if path.parts[:1] != ("sglang",) or entry.is_dir():
+                    continue
+                file = folder / path
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(entry) as packed, open(file, "xb") as unpacked:
+                    shutil.copyfileobj(packed, unpacked)
+    except zipfile.BadZipFile as error:
+        raise PatchError(f"{wheel.name}: not a wheel: {error}") from None
+
+
+def _version(root: Path, package: str) -> str:
+    """The SGLang version that a tree says it has, or `unknown`."""
+    for name in ("_version.py", "version.py"):
+        try:
+            tree = ast.parse((root / package / name).read_bytes())
+        except (OSError, SyntaxError, ValueError):
+            continue
+        # Assignments in the branches are fallbacks for when nothing is known.
+        for stmt in tree.body:
+            if (
+                isinstance(stmt, ast.Assign)
+                and any(
+                    isinstance(name, ast.Name) and name.id == "__version__"
+                    for name in stmt.targets
+                )
+                and isinstance(stmt.value, ast.Constant)
+                and isinstance(stmt.value.value, str)
+            ):
+                return stmt.value.value
+    for metadata in sorted((root / package).parent.glob("sglang-*.dist-info/METADATA")):
+        try:
+            text = metadata.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            continue
+        found = re.search(r"^Version: *(\S+)", text, re.MULTILINE)
+        if found:
+            return found[1]
+    return _described(root) or "unknown"
+
+
+def _described(root: Path) -> str | None:
+    """The version that a checkout's tags give, as SGLang's own build derives it."""
+    git = shutil.which("git")
+    if git is None or not (root / ".git").exists():
+        return None
+    command = [git, "describe", "--tags", "--match", "v[0-9]*"]
+    done = subprocess.run(
+        command, cwd=root, env=git_environment(root), capture_output=True, text=True
+    )
+    return done.stdout.strip().removeprefix("v") or None
+
+
+def git_environment(root: Path) -> dict[str, str]:
+    """An environment in which git sees `root` and neither a folder above it nor the
+    user's settings.
+
+    In a folder of some larger repository `git apply` takes paths as that repository's
+    and skips those outside the folder without a word.
+    """
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("GIT_") or name == "GIT_EXEC_PATH"
+    }
+    if not (root / ".git").exists():
+        clean["GIT_CEILING_DIRECTORIES"] = str(root.parent)
+    clean["GIT_CONFIG_NOSYSTEM"] = clean["GIT_ATTR_NOSYSTEM"] = "1"
+    clean["GIT_CONFIG_GLOBAL"] = os.devnull
+    clean["LC_ALL"] = "C"
+    return clean

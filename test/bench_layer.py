@@ -108,8 +108,11 @@ def gpu_microseconds(heads, chunks):
     return sum(event.self_device_time_total for event in events) / LAYERS, launches
 
 
-def host_microseconds(tokens):
-    """Of one call of the hook less kv_b_proj; None without the hook."""
+def host_microseconds(tokens, peers):
+    """Of one call of the hook less kv_b_proj, and of SGLang 0.5.13's four launches.
+
+    None without the hook; None for 0.5.13 where its kernels are not given.
+    """
     import mla_harness as harness
     import torch
 
@@ -117,6 +120,8 @@ def host_microseconds(tokens):
     hook = getattr(env.backend, "prepare_prefill_qkv", None)
     if hook is None:
         return None
+    from sglang.jit_kernel.benchmark import bench_mla_fp8_prefill as bench
+
     batch = harness.make_batch(env, [tokens])
     inputs = costless(env, batch)
     forward_batch = harness.make_forward_batch(env, batch)
@@ -132,24 +137,46 @@ def host_microseconds(tokens):
         forward_batch=forward_batch,
     )
     assert hook(**arguments) is not None
-    times = []
-    for _ in range(60):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(30):
-            hook(**arguments)
-        times.append((time.perf_counter() - start) / 30 * 1e6)
-    return median(times)
+
+    def timed(function):
+        times = []
+        for _ in range(60):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(30):
+                function()
+            times.append((time.perf_counter() - start) / 30 * 1e6)
+        return median(times)
+
+    quantize = bench.load_peer(peers, "fp8_quantize") if peers else None
+    if quantize is None:
+        return timed(lambda: hook(**arguments)), None
+    upstream = bench.Prefill({"fp8_quantize": quantize}).upstream
+    tensors = dict(
+        q=q,
+        kv=inputs.kv,
+        kv_a=inputs.kv_a,
+        k_pe=inputs.k_pe,
+        positions=batch.positions,
+        cos_sin_cache=env.cos_sin_cache,
+        qk_nope_head_dim=env.dims.nope,
+        kv_cache=env.pool.get_key_buffer(0),
+        cache_loc=batch.out_cache_loc,
+    )
+    for _ in range(3):
+        upstream(tensors)
+    return timed(lambda: hook(**arguments)), timed(lambda: upstream(tensors))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sglang", default="0.5.12.post1")
+    parser.add_argument("--peers", help="folder with SGLang 0.5.13's kernels")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         gpu = [gpu_microseconds(*case) for case in CASES]
-        host = [host_microseconds(tokens) for tokens in HOST_TOKENS]
+        host = [host_microseconds(n, options.peers) for n in HOST_TOKENS]
         print(json.dumps({"gpu": gpu, "host": host}))
         return
     sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -159,7 +186,8 @@ def main() -> None:
     for tree in patched_sglang.lay_out(options.sglang):
         path = [str(tree), str(HERE), os.environ.get("PYTHONPATH", "")]
         done = subprocess.run(
-            [sys.executable, __file__, "--measure"],
+            [sys.executable, __file__, "--measure"]
+            + (["--peers", options.peers] if options.peers else []),
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
             capture_output=True,
             text=True,
@@ -176,9 +204,9 @@ def main() -> None:
             f"{heads:>6} {chunks:>7} {old[0]:>10.0f} {new[0]:>9.0f} "
             f"{old[0] / new[0]:>6.2f} {old[1]:>5.0f}/{new[1]:.0f}"
         )
-    print("host time of the hook less kv_b_proj, 128 heads, us")
-    for tokens, us in zip(HOST_TOKENS, after["host"]):
-        print(f"{tokens:>6} tokens {us:>6.1f}")
+    print("host time of the hook less kv_b_proj, and of SGLang 0.5.13's path; us")
+    for tokens, (us, upstream) in zip(HOST_TOKENS, after["host"]):
+        print(f"{tokens:>6} tokens {us:>6.1f} {upstream or float('nan'):>8.1f}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ OUT ?= bench-results
 READY := $(if $(VENV),$(VENV)/.ready)
 RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 PIP := $(RUN) -m pip --quiet --disable-pip-version-check
+SOURCES := conftest.py prefill_patch python test
 BENCH = $(RUN) test/bench.py --sglang $(SGLANG) $(if $(PEERS),--peers $(PEERS))
 
 .PHONY: run test lint docs compile-check bench bench-check clean
@@ -43,9 +44,9 @@ docs: $(READY)
 
 lint: $(READY)
 	@$(PIP) install '.[lint]'
-	$(RUN) -m isort --check .
-	$(RUN) -m black --check .
-	$(RUN) -m ruff check --select=F401 .
+	$(RUN) -m isort --check $(SOURCES)
+	$(RUN) -m black --check $(SOURCES)
+	$(RUN) -m ruff check --select=F401 $(SOURCES)
 
 clean:
 	rm -rf .venv .build build *.egg-info

@@ -1228,6 +1228,11 @@ HOOK_RUNS: dict[str, Run] = {
             prepare_only, method="MHA_CHUNKED_KV", inside=enable_piecewise_cuda_graph
         ),
     ),
+    "breakable": Run(
+        how=functools.partial(
+            prepare_only, method="MHA_CHUNKED_KV", inside=enable_breakable_cuda_graph
+        ),
+    ),
     "no-metadata": Run(
         how=functools.partial(prepare_only, method="MHA_CHUNKED_KV", metadata=False)
     ),

@@ -26,7 +26,6 @@ sglang_cpu.install()
 
 import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

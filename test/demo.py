@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
+import logging
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,6 +37,9 @@ def show_patch(target) -> None:
 
 
 def run_layers(trees: patched_sglang.Trees) -> None:
+    # SGLang says on import what a machine without a GPU lacks.
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     with step("importing the patched SGLang"):
         sys.path.insert(0, str(trees.patched))
         import mla_harness as harness
@@ -110,7 +114,8 @@ def main() -> int:
         trees = patched_sglang.lay_out(sglang)
     show_patch(target)
     run_layers(trees)
-    print(f"""bit-exact: share of elements equal to the float64 definition rounded once.
+    print(
+        f"""bit-exact: share of elements equal to the float64 definition rounded once.
 vs BF16 path: against the FP8 operands of the unpatched SGLang, which rounds twice.
 The attention kernels themselves need an SM100 GPU and are stand-ins here.
 
@@ -124,10 +129,10 @@ and on a Blackwell GPU (B200, GB200, B300, GB300):
     python -m sglang.launch_server --model-path deepseek-ai/DeepSeek-V3-0324 --tp 8 \\
         --attention-backend trtllm_mla --kv-cache-dtype fp8_e4m3
     python -m sglang.launch_server --model-path deepseek-ai/DeepSeek-V3-0324 --tp 8 \\
-        --attention-backend tokenspeed_mla --kv-cache-dtype fp8_e4m3 --page-size 64""")
+        --attention-backend tokenspeed_mla --kv-cache-dtype fp8_e4m3 --page-size 64"""
+    )
     return 0
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")
     sys.exit(main())

@@ -292,7 +292,9 @@ class TestVersions:
         add_pinned(packages)
         root = tmp_path / "checkout"
         root.mkdir()
-        (root / "pyproject.toml").write_text(textwrap.dedent("""\
+        (root / "pyproject.toml").write_text(
+            textwrap.dedent(
+                """\
             [build-system]
             requires = ["setuptools"]
             [project]
@@ -304,7 +306,9 @@ class TestVersions:
             ]
             [project.optional-dependencies]
             old = ["torch==1.0"]
-            """))
+            """
+            )
+        )
         found = self.check(root)
         assert found["torch"].mark == FAIL and "==2.12.0" in found["torch"].text
         assert found["tokenspeed-mla"].mark == OK

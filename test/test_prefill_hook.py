@@ -207,12 +207,20 @@ class TestTaken:
         call = hook_call(backend, dims=FOR_FLASHINFER)
         wanted = harness.expected(call.env, call.batch)
         slots = call.batch.out_cache_loc
+        written, writer = [], call.env.pool.set_mla_kv_buffer
+
+        def set_mla_kv_buffer(layer, *rows):
+            written.append([x.shape[0] for x in rows])
+            return writer(layer, *rows)
+
+        call.env.pool.set_mla_kv_buffer = set_mla_kv_buffer
         call.forward_batch.out_cache_loc = slots[:5]
         q, k, v = call()
         assert q.shape[0] == k.shape[0] == v.shape[0] == 8
         assert_exact(cache_rows(call, slots[:5]), wanted.rows[:5])
         rest = call.env.pool.kv_buffer[0][slots[5:]]
         assert same_bits(rest, call.batch.cache_before[slots[5:]])
+        assert written == ([[5, 5, 5]] if producer == "composed" else [])
 
     @on_both
     @pytest.mark.parametrize("rope", ["default", None])
@@ -223,8 +231,11 @@ class TestTaken:
         call.forward_batch.out_cache_loc = call.batch.out_cache_loc[:0]
         dims = call.env.dims
         shapes = [(0, dims.heads, n) for n in (dims.qk, dims.qk, dims.v)]
+        KERNELS.clear()
         assert [tuple(x.shape) for x in call(slice(0, 0))] == shapes
         assert same_bits(call.env.pool.kv_buffer[0], call.batch.cache_before)
+        # A grid of no blocks is an error on a GPU.
+        assert not KERNELS.counts
 
 
 class TestComposed:
@@ -390,6 +401,7 @@ class TestDeclines:
             ("no-metadata", "no prefill metadata"),
             ("fallback", "FlashInfer's own prefill runs the batch"),
             ("piecewise", "CUDA graph"),
+            ("breakable", "CUDA graph"),
             ("speculative", "speculative batch"),
             ("activation-dtype", "activation dtype"),
         ],

@@ -50,7 +50,8 @@ def refusal(code: str, edit_file: str) -> str:
     return str(caught.value)
 
 
-MODULE = text("""
+MODULE = text(
+    """
     # license
 
     import os
@@ -101,7 +102,8 @@ MODULE = text("""
                 raise ValueError(self.message)
             except ValueError:
                 assert self.done, "é"; self.count = 0
-    """)
+    """
+)
 
 # edit file -> the lines that replace lines of MODULE: (old, new)
 EDITS = {

@@ -1306,7 +1306,10 @@ Activations beyond ±448, and infinity, become ±448, where the unpatched SGLang
 gives NaN on GPUs for everything from 464 upwards; NaN stays NaN.
 
 A case's test is `test/test_every_batch.py::TEST[CASE-BACKEND]`, which runs it on SGLang's
-own classes, patched and unpatched.
+own classes, patched and unpatched. The attention kernels, which need SM100, are replaced
+by references that take any dimensions: where the real ones do not (trtllm-gen takes Q and
+K of 192 with V of 128, or 128 throughout; tokenspeed_mla 192 with 128), as for GLM's, a
+case shows the preparation alone.
 
 | case | | tokenspeed_mla | trtllm_mla | test |
 |---|---|---|---|---|

@@ -115,8 +115,8 @@ class Dims:
 
     @classmethod
     def tiny(cls, heads: int = 3) -> "Dims":
-        """The least that SGLang's own kernels take: powers of two per part."""
-        return cls(heads, nope=16, rope=8, v=16, kv_lora=32, q_lora=24, hidden=32)
+        """The least that SGLang's and FlashInfer's own kernels take."""
+        return cls(heads, nope=16, rope=16, v=16, kv_lora=32, q_lora=24, hidden=32)
 
     @classmethod
     def odd(cls, heads: int = 5) -> "Dims":

@@ -45,10 +45,10 @@ def _to_fp8(
         LIMIT: tl.constexpr = 448.0 if FP8_DTYPE == tl.float8e4nv else 57344.0
         y = tl.clamp(y, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
     if CONVERSION == 2:
-        # Round to odd at float16's precision: the truncation to float16 that follows
-        # is then exact, and the rounding to FP8 the only one.
+        # Round to odd, to seven bits of mantissa: the truncation to float16 that follows
+        # is then exact, down to FP8's subnormals, and the rounding to FP8 the only one.
         bits = y.to(tl.int32, bitcast=True)
-        odd = (bits & ~0x1FFF) | tl.where((bits & 0x1FFF) != 0, 0x2000, 0)
+        odd = (bits & ~0xFFFF) | tl.where((bits & 0xFFFF) != 0, 0x10000, 0)
         y = odd.to(tl.float32, bitcast=True)
     return y.to(FP8_DTYPE)
 
@@ -158,20 +158,23 @@ def check_output(
         extent = stride * (size - 1) + extent
 
 
-def scale_kind(name: str, scale: Union[float, torch.Tensor], x: torch.Tensor) -> int:
-    """How `scale` reaches the kernel; a tensor stays on the device, without a sync."""
-    if isinstance(scale, torch.Tensor):
-        if scale.numel() != 1 or scale.dtype != torch.float32:
-            raise ValueError(
-                f"{name} must be a float or a float32 tensor of one element, got "
-                f"{scale.dtype} of shape {tuple(scale.shape)}"
-            )
-        if scale.device != x.device:
-            raise ValueError(
-                f"{name} must be on {x.device} as the inputs, got {scale.device}"
-            )
-        return SCALE_TENSOR
-    return SCALE_UNIT if scale == 1.0 else SCALE_FLOAT
+def as_scale(
+    name: str, scale: Union[float, torch.Tensor], x: torch.Tensor
+) -> tuple[int, Union[float, torch.Tensor]]:
+    """(how `scale` reaches the kernel, what is passed); a tensor stays on the device,
+    without a sync."""
+    if not isinstance(scale, torch.Tensor):
+        return SCALE_UNIT if scale == 1.0 else SCALE_FLOAT, float(scale)
+    if scale.numel() != 1 or scale.dtype != torch.float32:
+        raise ValueError(
+            f"{name} must be a float or a float32 tensor of one element, got "
+            f"{scale.dtype} of shape {tuple(scale.shape)}"
+        )
+    if scale.device != x.device:
+        raise ValueError(
+            f"{name} must be on {x.device} as the inputs, got {scale.device}"
+        )
+    return SCALE_TENSOR, scale
 
 
 def resolve_pdl(enable_pdl: Optional[bool]) -> bool:
@@ -260,7 +263,11 @@ class Launcher:
 
 def layout_key(*tensors: Optional[torch.Tensor]) -> tuple:
     """What a kernel and its checks depend on in these tensors, but for the lengths of
-    their first dimensions."""
+    their first dimensions.
+
+    A stride means nothing in a dimension of length one: where a check exempts that
+    length, the caller's key tells it from others.
+    """
     key = []
     misaligned = 0
     for x in tensors:
@@ -347,7 +354,7 @@ def fp8_quantize(
     check_device("x", x)
     if x.dtype not in _INPUT_DTYPES:
         raise ValueError(f"x must be bfloat16 or float16, got {x.dtype}")
-    kind = scale_kind("scale_inv", scale_inv, x)
+    kind, scale_inv = as_scale("scale_inv", scale_inv, x)
     rows, length, x_row_stride = _flatten_to_2d(x)
     if out is None:
         out = torch.empty(x.shape, dtype=fp8_dtype, device=x.device)

@@ -13,6 +13,7 @@ from sglang.jit_kernel.fp8_quantize import (
     Launcher,
     _load_scale,
     _to_fp8,
+    as_scale,
     check_device,
     check_fp8_dtype,
     check_input,
@@ -20,7 +21,6 @@ from sglang.jit_kernel.fp8_quantize import (
     fp8_conversion,
     layout_key,
     resolve_pdl,
-    scale_kind,
 )
 
 # (token, head) rows a program takes: enough 16-byte loads in flight for each thread,
@@ -153,17 +153,14 @@ def mla_kv_pack_quantize_fp8(
         ValueError: an argument of wrong dtype, shape, layout or device, by its name.
         RuntimeError: the GPU has no FP8 conversion (before SM89).
     """
-    settings = (
-        scale_kind("k_scale_inv", k_scale_inv, k_nope),
-        scale_kind("v_scale_inv", v_scale_inv, k_nope),
-        fp8_dtype,
-        enable_pdl,
-    )
-    key = (layout_key(k_nope, k_pe, v, k_out, v_out), settings)
+    s = k_nope.shape[0] if k_nope.dim() > 0 else 0
+    k_kind, k_scale_inv = as_scale("k_scale_inv", k_scale_inv, k_nope)
+    v_kind, v_scale_inv = as_scale("v_scale_inv", v_scale_inv, k_nope)
+    settings = (k_kind, v_kind, fp8_dtype, enable_pdl)
+    key = (layout_key(k_nope, k_pe, v, k_out, v_out), s > 1, settings)
     plan = _PLANS.get(key)
     if plan is None:
         plan = _PLANS[key] = _Plan(k_nope, k_pe, v, k_out, v_out, *settings)
-    s = k_nope.shape[0]
     for name, x in (("k_pe", k_pe), ("v", v), ("k_out", k_out), ("v_out", v_out)):
         if x is not None and x.shape[0] != s:
             raise ValueError(

@@ -15,13 +15,13 @@ from sglang.jit_kernel.fp8_quantize import (
     Launcher,
     _load_scale,
     _to_fp8,
+    as_scale,
     check_device,
     check_fp8_dtype,
     check_input,
     fp8_conversion,
     layout_key,
     resolve_pdl,
-    scale_kind,
 )
 from sglang.jit_kernel.mla_kv_pack_quantize_fp8 import block_shape, rope_dim
 
@@ -291,33 +291,26 @@ def mla_prefill_quantize_fp8(
     if kv_cache is not None and kv_cache.dtype == torch.uint8:
         kv_cache = kv_cache.view(fp8_dtype)
     tensors = (q, kv, kv_a, k_pe, positions, cos_sin_cache, kv_cache, cache_loc)
-    settings = (
-        is_neox,
-        qk_nope_head_dim,
-        scale_kind("k_scale_inv", k_scale_inv, q),
-        scale_kind("v_scale_inv", v_scale_inv, q),
-        fp8_dtype,
-        enable_pdl,
-    )
-    key = (layout_key(*tensors), settings)
+    s = q.shape[0] if q.dim() > 0 else 0
+    num_cache_rows = 0 if cache_loc is None else cache_loc.numel()
+    k_kind, k_scale_inv = as_scale("k_scale_inv", k_scale_inv, q)
+    v_kind, v_scale_inv = as_scale("v_scale_inv", v_scale_inv, q)
+    settings = (is_neox, qk_nope_head_dim, k_kind, v_kind, fp8_dtype, enable_pdl)
+    key = (layout_key(*tensors), s > 1, num_cache_rows > 1, settings)
     plan = _PLANS.get(key)
     if plan is None:
         plan = _PLANS[key] = _Plan(*tensors, *settings)
-    s = q.shape[0]
     if not s == kv.shape[0] == kv_a.shape[0] == k_pe.shape[0] == positions.shape[0]:
         raise ValueError(
             "q, kv, kv_a, k_pe and positions must have the same number of tokens, got "
             f"{s}, {kv.shape[0]}, {kv_a.shape[0]}, {k_pe.shape[0]} and "
             f"{positions.shape[0]}"
         )
-    num_cache_rows = 0
-    if cache_loc is not None:
-        num_cache_rows = cache_loc.shape[0]
-        if num_cache_rows > s:
-            raise ValueError(
-                f"cache_loc must have at most one slot for each of q's {s} tokens, got "
-                f"{num_cache_rows}"
-            )
+    if num_cache_rows > s:
+        raise ValueError(
+            f"cache_loc must have at most one slot for each of q's {s} tokens, got "
+            f"{num_cache_rows}"
+        )
     q_out = q.new_empty((s, *plan.qk_shape), dtype=fp8_dtype)
     k_out = q.new_empty((s, *plan.qk_shape), dtype=fp8_dtype)
     v_out = q.new_empty((s, *plan.v_shape), dtype=fp8_dtype)

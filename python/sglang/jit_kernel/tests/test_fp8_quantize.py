@@ -3,6 +3,7 @@ import sys
 import pytest
 import torch
 
+import sglang.jit_kernel.fp8_quantize as fp8_quantize_module
 from sglang.jit_kernel.fp8_quantize import _flatten_to_2d, fp8_quantize
 from sglang.jit_kernel.tests.fp8_reference import (
     DEVICE,
@@ -43,6 +44,22 @@ def test_every_input_value(dtype, fp8_dtype, scale_inv):
     # Saturated, never infinite; NaN exactly where the input has it.
     assert torch.equal(out.float().isnan(), x.isnan())
     assert not out.float().isinf().any()
+
+
+@pytest.mark.parametrize("fp8_dtype", FP8_DTYPES)
+def test_conversion_through_float16(fp8_dtype, monkeypatch):
+    """GPUs before SM90 truncate to float16 first, which the kernel prepares for: what
+    it hands on is exact in float16 and rounds to the same FP8 value."""
+    x = torch.randn(1 << 16).bfloat16().to(DEVICE)
+    exact = (x.float() * 0.3).double()
+    sticky = exact.float().view(torch.int32)
+    sticky = (sticky & ~0xFFFF) | torch.where((sticky & 0xFFFF) != 0, 0x10000, 0)
+    half = sticky.to(torch.int32).view(torch.float32)
+    normal = half.abs() >= 2.0**-14
+    assert torch.equal(half[normal].half().float(), half[normal])
+    monkeypatch.setattr(fp8_quantize_module, "fp8_conversion", lambda device: 2)
+    out = fp8_quantize(x, 0.3, fp8_dtype=fp8_dtype)
+    assert ulps_off(out, round_to_fp8(exact, fp8_dtype)).max() == 0
 
 
 @pytest.mark.parametrize(

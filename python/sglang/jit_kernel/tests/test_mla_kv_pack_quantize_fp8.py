@@ -139,6 +139,19 @@ class TestRejects:
             )
 
 
+def test_one_token_does_not_vouch_for_more():
+    """A stride means nothing in a dimension of one, which passes with any."""
+    for tokens in (1, 3):
+        inputs = make(tokens, *DEEPSEEK)
+        k_out = poison((1, 8, 192), FP8_DTYPES[0]).expand(tokens, 8, 192)
+        k_out = k_out.as_strided(k_out.shape, (0, 192, 1))
+        if tokens == 1:
+            check(inputs, mla_kv_pack_quantize_fp8(*inputs, k_out=k_out))
+        else:
+            with pytest.raises(ValueError, match="k_out must not overlap itself"):
+                mla_kv_pack_quantize_fp8(*inputs, k_out=k_out)
+
+
 @on_gpu
 def test_more_than_2_31_elements():
     inputs = make(70000, 128, *DEEPSEEK[1:])

@@ -220,6 +220,27 @@ def test_rejects(name, change, message):
         assert is_poison(inputs["kv_cache"])
 
 
+@pytest.mark.parametrize("name", ["positions", "cache_loc"])
+def test_one_token_does_not_vouch_for_more(name):
+    """A stride means nothing in a vector of one, which passes the checks with any."""
+    for tokens in (1, 3):
+        inputs = make(tokens, DEEPSEEK)
+        inputs[name] = inputs[name].repeat_interleave(2)[::2]
+        assert inputs[name].stride() == (2,)
+        if tokens == 1:
+            check(inputs, mla_prefill_quantize_fp8(**inputs))
+        else:
+            with pytest.raises(ValueError, match=f"{name} must be a contiguous"):
+                mla_prefill_quantize_fp8(**inputs)
+
+
+def test_whole_numbers_are_scales_too():
+    inputs = make(5, DEEPSEEK)
+    for scale in (2, 0.5, 1, 1.0):
+        outputs = mla_prefill_quantize_fp8(**inputs, k_scale_inv=scale)
+        check(inputs, outputs, k_scale_inv=scale)
+
+
 @on_gpu
 def test_more_than_2_31_elements():
     tokens, shape = 70000, (128, 128, 64, 128, 512)

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.models.deepseek_v2 import DeepseekV2AttentionMLA
 
 logger = logging.getLogger(__name__)
@@ -193,7 +194,9 @@ class MLAFP8PrefillMixin:
     declines everything.
 
     The backend provides ``data_type``, ``q_data_type``, the model's dimensions,
-    ``forward_prefill_metadata`` and ``_run_prefill_kernel``.
+    ``forward_prefill_metadata`` and ``_run_prefill_kernel``, which is handed FP8 operands
+    of taken batches and operands in the model's dtype of declined ones. A subclass whose
+    kernel takes no FP8 sets ``prepare_prefill_qkv = None``.
     """
 
     # Whether _run_prefill_kernel gives k_scale and v_scale back to its kernel.
@@ -201,12 +204,14 @@ class MLAFP8PrefillMixin:
     # Rows of q that belong to requests; data-parallel padding follows them.
     num_prefill_tokens = 0
 
-    def init_fp8_prefill(self) -> None:
+    def init_fp8_prefill(self, model_runner: ModelRunner) -> None:
         """Decide what holds for the life of the process, say it, compile the kernels.
 
         Called at the end of the backend's ``__init__``.
         """
+        # Batches left to SGLang's own path, by reason.
         self.prefill_declines: Counter = Counter()
+        self._declined: object = self
         self._plain_rope: dict[torch.nn.Module, bool] = {}
         self._pool_checked: tuple = (None, None)
         self._check_prefill_indices = envs.SGLANG_MLA_FP8_PREFILL_CHECK.get()
@@ -219,12 +224,19 @@ class MLAFP8PrefillMixin:
         self._prefill_off = self._process_decline()
         if self.skip_prefill:
             return
-        outcome = f"with the {self._prefill_producer} producer"
+        pool = getattr(model_runner, "token_to_kv_pool", None)
+        producer = FUSED if pool is None else _pool_producer(pool)
         if self._prefill_off is not None:
             outcome = f"declined, {self._prefill_off}"
+        elif producer is None:
+            outcome = f"declined, {type(pool).__name__} takes no FP8 rows"
+        elif COMPOSED in (producer, self._prefill_producer):
+            outcome = f"with the {COMPOSED} producer"
+        else:
+            outcome = f"with the {FUSED} producer"
         _log_once(f"{type(self).__name__}: FP8 prefill preparation {outcome}")
         if self._prefill_off is None and torch.device(self.device).type == "cuda":
-            self._compile_prefill_kernels()
+            self._compile_prefill_kernels(getattr(model_runner, "model", None))
 
     def _process_decline(self) -> Optional[str]:
         """Why no batch of this process can be taken, or None."""
@@ -234,32 +246,71 @@ class MLAFP8PrefillMixin:
             return f"the KV cache is {self.data_type}, not {FP8}"
         if self.q_data_type not in (torch.bfloat16, torch.float16):
             return f"the model is {self.q_data_type}, not bfloat16 or float16"
-        if self._prefill_producer == COMPOSED and not is_flashinfer_available():
-            return "SGLANG_MLA_FP8_PREFILL=composed needs FlashInfer"
+        if self._prefill_producer == COMPOSED:
+            if not is_flashinfer_available():
+                return "SGLANG_MLA_FP8_PREFILL=composed needs FlashInfer"
+            if not self._flashinfer_takes_dims():
+                return "SGLANG_MLA_FP8_PREFILL=composed needs head dimensions of 16s"
         return None
 
-    def _compile_prefill_kernels(self) -> None:
+    def _flashinfer_takes_dims(self) -> bool:
+        # Its RoPE stores 16 elements at a time, also past the end of a row.
+        return self.qk_nope_head_dim % 16 == self.qk_rope_head_dim % 16 == 0
+
+    def _compile_prefill_kernels(self, model: Optional[torch.nn.Module]) -> None:
         """Run one token through the kernels so that no request waits for a compiler."""
         nope, rope = self.qk_nope_head_dim, self.qk_rope_head_dim
         heads, lora = self.num_local_heads, self.kv_lora_rank
         zeros = functools.partial(
             torch.zeros, dtype=self.q_data_type, device=self.device
         )
-        kv = zeros(1, heads, nope + self.v_head_dim)
+        q, kv = zeros(1, heads, nope + rope), zeros(1, heads, nope + self.v_head_dim)
+        kv_a, k_pe = zeros(1, lora), zeros(1, 1, rope)
         index = torch.zeros(1, dtype=torch.int64, device=self.device)
-        mla_prefill_quantize_fp8(
-            q=zeros(1, heads, nope + rope),
-            kv=kv,
-            kv_a=zeros(1, lora),
-            k_pe=zeros(1, 1, rope),
-            positions=index,
-            cos_sin_cache=torch.zeros(1, rope, device=self.device),
-            is_neox=False,
-            qk_nope_head_dim=nope,
-            kv_cache=torch.zeros(1, 1, lora + rope, dtype=FP8, device=self.device),
-            cache_loc=index,
-        )
-        mla_kv_pack_quantize_fp8(kv[..., :nope], zeros(1, 1, rope), kv[..., nope:])
+        cos_sin = torch.zeros(1, rope, device=self.device)
+        for is_neox, k_scale_inv, v_scale_inv in self._prefill_variants(model):
+            mla_prefill_quantize_fp8(
+                q=q,
+                kv=kv,
+                kv_a=kv_a,
+                k_pe=k_pe,
+                positions=index,
+                cos_sin_cache=None if is_neox is None else cos_sin,
+                is_neox=bool(is_neox),
+                qk_nope_head_dim=nope,
+                kv_cache=torch.zeros(1, 1, lora + rope, dtype=FP8, device=self.device),
+                cache_loc=index,
+                k_scale_inv=k_scale_inv,
+                v_scale_inv=v_scale_inv,
+            )
+            mla_kv_pack_quantize_fp8(
+                kv[..., :nope], k_pe, kv[..., nope:], k_scale_inv, v_scale_inv
+            )
+            if self._prefill_producer == COMPOSED:
+                fp8_quantize(kv[..., nope:], v_scale_inv)
+                fp8_quantize(kv_a)
+                if is_neox is not None:
+                    self._fused_rope_fp8_quantize(
+                        q, kv[..., :nope], k_pe, cos_sin, index, is_neox, k_scale_inv
+                    )
+
+    def _prefill_variants(self, model: Optional[torch.nn.Module]) -> set[tuple]:
+        """(is_neox or None without RoPE, 1 / k_scale, 1 / v_scale) in the model's
+        attention layers."""
+        layers = [
+            module
+            for module in (model.modules() if model is not None else ())
+            if hasattr(module, "attn_mha") and hasattr(module, "rotary_emb")
+        ]
+        variants = set()
+        for layer in layers:
+            is_neox = getattr(layer.rotary_emb, "is_neox_style", None)
+            try:
+                variants.add((is_neox, *self._prefill_scale_invs(layer.attn_mha)))
+            except AssertionError:
+                # The first batch says so, as it did before.
+                continue
+        return variants or {(False, 1.0, 1.0)}
 
     def _batch_decline(
         self,
@@ -291,12 +342,14 @@ class MLAFP8PrefillMixin:
             return "activation dtype"
         if forward_batch.out_cache_loc.shape[0] > q.shape[0]:
             return "more cache slots than tokens"
+        if positions.shape != q.shape[:1]:
+            return "positions that are not one for each token"
         if rotary_emb is not None:
             plain = self._plain_rope.get(rotary_emb)
             if plain is None:
                 plain = _is_plain_rope(rotary_emb, self.qk_rope_head_dim)
                 self._plain_rope[rotary_emb] = plain
-            if not plain or positions.dim() != 1:
+            if not plain:
                 return "rotary embedding"
             if cos_sin_cache.dtype != torch.float32:
                 return "cosines not in float32"
@@ -306,8 +359,11 @@ class MLAFP8PrefillMixin:
         producer = self._pool_checked[1]
         if producer is None:
             return "KV pool"
-        if producer == COMPOSED and not is_flashinfer_available():
-            return "KV pool without FlashInfer"
+        if producer == COMPOSED:
+            if not is_flashinfer_available():
+                return "KV pool without FlashInfer"
+            if not self._flashinfer_takes_dims():
+                return "KV pool and head dimensions"
         return None
 
     def _prefill_scale_invs(self, layer: RadixAttention) -> tuple[float, float]:
@@ -351,7 +407,10 @@ class MLAFP8PrefillMixin:
             q, positions, rotary_emb, cos_sin_cache, forward_batch
         )
         if reason is not None:
-            self.prefill_declines[reason] += 1
+            # Once for all layers of the batch.
+            if self._declined is not self.forward_prefill_metadata:
+                self._declined = self.forward_prefill_metadata
+                self.prefill_declines[reason] += 1
             return None
         attn = layer.attn_mha
         k_scale_inv, v_scale_inv = self._prefill_scale_invs(attn)
@@ -359,8 +418,9 @@ class MLAFP8PrefillMixin:
         is_neox = rotary_emb is not None and rotary_emb.is_neox_style
         cache_loc = forward_batch.out_cache_loc
         if self._check_prefill_indices:
-            slots = pool.get_key_buffer(attn.layer_id).shape[0]
-            _check_indices("out_cache_loc", cache_loc, slots, attn.layer_id)
+            if producer == FUSED:
+                slots = pool.get_key_buffer(attn.layer_id).shape[0]
+                _check_indices("out_cache_loc", cache_loc, slots, attn.layer_id)
             if cos_sin_cache is not None:
                 limit = cos_sin_cache.shape[0]
                 _check_indices("positions", positions, limit, attn.layer_id)
@@ -398,13 +458,14 @@ class MLAFP8PrefillMixin:
                 q, k_nope, k_pe, *rope, k_scale_inv
             )
             v_fp8 = fp8_quantize(v, v_scale_inv)
-            # Every head of K carries the rotated k_pe that the cache wants, unless it
-            # is scaled.
-            k_pe_fp8 = k_fp8[:, :1, nope:]
+            # The cache wants k_pe rotated and unscaled, as any head of an unscaled K has
+            # it.
+            k_cached = k_fp8
             if k_scale_inv != 1.0:
-                k_pe_fp8, _ = self._fused_rope_fp8_quantize(
-                    k_pe, k_pe[..., :0], k_pe, *rope
+                _, k_cached = self._fused_rope_fp8_quantize(
+                    q[:, :1], k_nope[:, :1], k_pe, *rope
                 )
+            k_pe_fp8 = k_cached[:, :1, nope:]
         num_cached = cache_loc.shape[0]
         pool.set_mla_kv_buffer(
             attn,

@@ -1,6 +1,7 @@
 """The hook and its pieces, on SGLang's own model, backends, pools and wrappers."""
 
 import copy
+import dataclasses
 import logging
 from types import SimpleNamespace
 
@@ -12,6 +13,8 @@ from batch_cases import BACKENDS, CHUNKS, E4M3, FOR_FLASHINFER, OwnWriterPool, R
 from mla_harness import KERNELS, Dims, fp8_ulps, make_env, round_fp8, same_bits
 from sglang_cpu import DEVICE, HAS_GPU
 
+import sglang.jit_kernel.mla_kv_pack_quantize_fp8 as mla_kv_pack_module
+import sglang.jit_kernel.mla_prefill_quantize_fp8 as mla_prefill_module
 from sglang.srt.layers.attention import mla_fp8_prefill
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.mla_fp8_prefill import (
@@ -227,7 +230,7 @@ class TestTaken:
     @pytest.mark.parametrize("producer", ["fused", "composed"])
     def test_no_tokens(self, backend, producer, rope, flashinfer, monkeypatch):
         monkeypatch.setenv(SWITCH, producer)
-        call = hook_call(backend, rope=rope)
+        call = hook_call(backend, dims=FOR_FLASHINFER, rope=rope)
         call.forward_batch.out_cache_loc = call.batch.out_cache_loc[:0]
         dims = call.env.dims
         shapes = [(0, dims.heads, n) for n in (dims.qk, dims.qk, dims.v)]
@@ -390,6 +393,13 @@ class TestPools:
         declines = call.env.backend.prefill_declines
         assert declines == {"KV pool without FlashInfer": 1}
 
+    @on_both
+    def test_dimensions_that_flashinfer_does_not_take(self, backend, flashinfer):
+        call = hook_call(backend, dims=Dims.odd(3), pool_class=OwnWriterPool)
+        assert call() is None and call.env.pool.writes == 0
+        declines = call.env.backend.prefill_declines
+        assert declines == {"KV pool and head dimensions": 1}
+
 
 class TestDeclines:
     """Besides the cases of test_every_batch.py."""
@@ -421,8 +431,11 @@ class TestDeclines:
         slots = call.batch.out_cache_loc
         call.forward_batch.out_cache_loc = torch.cat([slots, slots[:1] * 0])
 
-    def two_positions(self, call):
-        call.positions = torch.stack([call.positions] * 3, dim=-1)
+    def three_positions_each(self, call):
+        call.positions = torch.stack([call.positions] * 3)
+
+    def a_position_too_many(self, call):
+        call.positions = torch.cat([call.positions, call.positions[:1]])
 
     def bf16_cosines(self, call):
         rotary = copy.copy(call.env.attn.rotary_emb)
@@ -442,7 +455,8 @@ class TestDeclines:
         "change, reason",
         [
             (more_slots, "more cache slots than tokens"),
-            (two_positions, "rotary embedding"),
+            (three_positions_each, "positions that are not one for each token"),
+            (a_position_too_many, "positions that are not one for each token"),
             (narrow_cosines, "rotary embedding"),
             (bf16_cosines, "cosines not in float32"),
         ],
@@ -454,9 +468,21 @@ class TestDeclines:
         inputs = [call.q, call.kv_a, call.k_pe, call.positions]
         before = [x.clone() for x in inputs]
         assert call() is None and call() is None
-        assert call.env.backend.prefill_declines == {reason: 2}
+        # Two layers of one batch.
+        assert call.env.backend.prefill_declines == {reason: 1}
         call.assert_nothing_touched()
         assert all(same_bits(x, y) for x, y in zip(inputs, before))
+
+    @on_both
+    def test_are_counted_by_the_batch(self, backend):
+        """A batch keeps its metadata through all layers."""
+        call = hook_call(backend)
+        self.more_slots(call)
+        for count in (1, 2):
+            assert call() is None and call() is None
+            reason = "more cache slots than tokens"
+            assert call.env.backend.prefill_declines == {reason: count}
+            call.env.backend.init_forward_metadata(call.forward_batch)
 
     @on_both
     def test_are_not_logged(self, backend, caplog):
@@ -726,6 +752,54 @@ class TestPrefixChunks:
             assert "apply_rope_with_cos_sin_cache_inplace" not in after
 
 
+class TestOutputBuffers:
+    @pytest.mark.parametrize("switch", ["fused", "off"])
+    def test_are_not_filled_before_the_kernel(self, switch):
+        run = Run(
+            batch={**CHUNKS, "chunks": 2, "pad_rows": 3},
+            how=batch_cases.in_nan_memory,
+            environ={SWITCH: switch},
+        )
+        result = run.on("trtllm_mla").run()
+        assert len(result.calls) == 3
+        for call in result.calls:
+            assert call.arguments["out_before"].isnan().all()
+        assert result.output.isfinite().all() and (result.output[9:] == 0).all()
+
+
+class TestRowsWithoutKeys:
+    """Requests without a prefix, in a batch where others have one."""
+
+    @on_both
+    @pytest.mark.parametrize("heads", [1, 2, 3, 4, 5, 8, 10, 16])
+    def test_zero_and_minus_infinity(self, heads, backend):
+        env = make_env(Dims.tiny(heads), backend)
+        env.backend.num_prefill_tokens = 8
+        out = torch.randn(10, heads, env.dims.v, device=DEVICE).bfloat16()
+        lse = torch.randn(10, heads, device=DEVICE)
+        wanted = out.clone(), lse.clone()
+        for rows in (slice(3, 5), slice(6, 8)):
+            wanted[0][rows], wanted[1][rows] = 0, -torch.inf
+        KERNELS.clear()
+        env.backend._fixup_zero_kv_rows(
+            out,
+            lse,
+            torch.tensor([4, 0, 2, 0], dtype=torch.int32, device=DEVICE),
+            torch.tensor([0, 3, 5, 6, 8], dtype=torch.int32, device=DEVICE),
+            3,
+        )
+        assert same_bits(out, wanted[0]) and same_bits(lse, wanted[1])
+        if not HAS_GPU:
+            # SGLang's kernel writes four heads at a time, at addresses of 16 bytes.
+            assert KERNELS.counts["fixup_zero_kv_rows"] == (heads % 4 == 0)
+
+
+class NoFp8Pool(memory_pool.MLATokenToKVPool):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.nsa_kv_cache_store_fp8 = True
+
+
 class TestStartUp:
     def test_tokenspeed_compiles_what_it_runs(self):
         harness.forget_compiled_kernels()
@@ -743,18 +817,99 @@ class TestStartUp:
             False,
         }
 
-    def test_kernels_run_before_the_first_request(self):
+    @pytest.mark.parametrize(
+        "producer, wanted",
+        [
+            ("fused", {}),
+            ("composed", {"_fp8_quantize_kernel": 2}),
+        ],
+    )
+    def test_kernels_run_before_the_first_request(
+        self, producer, wanted, flashinfer, monkeypatch
+    ):
         """On a GPU at start; they are the ones that the requests launch."""
-        env = make_env(Dims.tiny(), "trtllm_mla")
+        monkeypatch.setenv(SWITCH, producer)
+        env = make_env(FOR_FLASHINFER, "trtllm_mla")
         KERNELS.clear()
         with batch_cases._counted():
-            env.backend._compile_prefill_kernels()
-        launched = {key[1] for key in KERNELS.counts if key[0] == "launch"}
-        wanted = {
-            "_mla_prefill_quantize_fp8_kernel",
-            "_mla_kv_pack_quantize_fp8_kernel",
+            env.backend._compile_prefill_kernels(None)
+        launched = {k[1]: n for k, n in KERNELS.counts.items() if k[0] == "launch"}
+        assert launched == {
+            "_mla_prefill_quantize_fp8_kernel": 1,
+            "_mla_kv_pack_quantize_fp8_kernel": 1,
+            **wanted,
         }
-        assert launched == wanted
+        if not HAS_GPU:
+            ropes = KERNELS.counts["mla_rope_quantize_fp8"]
+            assert ropes == (producer == "composed")
+
+    @pytest.mark.parametrize("producer", ["fused", "composed"])
+    def test_each_variant_of_the_model(self, producer, flashinfer, monkeypatch):
+        monkeypatch.setenv(SWITCH, producer)
+        layers = [
+            make_env(FOR_FLASHINFER, "trtllm_mla", **env).attn
+            for env in (
+                dict(rope="default"),
+                dict(rope="yarn"),
+                dict(rope="default", is_neox=True),
+                dict(rope=None),
+                dict(rope=None, k_scale=0.5, v_scale=4.0),
+            )
+        ]
+        model = torch.nn.Sequential(torch.nn.Identity(), *layers)
+        backend = make_env(FOR_FLASHINFER, "trtllm_mla").backend
+        variants = {(False, 1, 1), (True, 1, 1), (None, 1, 1), (None, 2.0, 0.25)}
+        assert backend._prefill_variants(model) == variants
+        KERNELS.clear()
+        with batch_cases._counted():
+            backend._compile_prefill_kernels(model)
+        launches = KERNELS.counts["launch", "_mla_prefill_quantize_fp8_kernel"]
+        assert launches == len(variants)
+        if not HAS_GPU:
+            ropes = KERNELS.counts["mla_rope_quantize_fp8"]
+            assert ropes == 2 * (producer == "composed")
+
+    @pytest.mark.parametrize(
+        "layer",
+        [
+            dict(rope="default"),
+            dict(rope="yarn", is_neox=True),
+            dict(rope=None),
+            dict(k_scale=0.5, v_scale=4.0),
+            dict(v_scale=4.0, dtype=torch.float16),
+        ],
+    )
+    def test_requests_launch_what_ran_at_start(self, layer, monkeypatch):
+        """All that a kernel is compiled for was seen: its constants and its types."""
+        launched = set()
+
+        class Seen(mla_prefill_module.Launcher):
+            def __call__(self, num_programs, tensors, numbers):
+                types = tuple(
+                    None if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors
+                )
+                constants = tuple(self._constexprs.items())
+                launched.add((self._kernel.__name__, constants, types))
+                return super().__call__(num_programs, tensors, numbers)
+
+        for module in (mla_prefill_module, mla_kv_pack_module):
+            monkeypatch.setattr(module, "_PLANS", {})
+            monkeypatch.setattr(module, "Launcher", Seen)
+        run = Run(env=dict(dims=FOR_FLASHINFER, **layer), batch={**CHUNKS, "chunks": 2})
+        env, batch = run.on("trtllm_mla").build()
+        env.backend._compile_prefill_kernels(torch.nn.Sequential(env.attn))
+        at_start = set(launched)
+        assert len(at_start) == 2
+        launched.clear()
+        for some in (batch, harness.make_batch(env, [1])):
+            harness.run_prefill(env, some)
+        assert launched == at_start
+
+    def test_a_layer_whose_scales_are_refused(self):
+        """The first batch says so; a server with such a checkpoint starts."""
+        env = make_env(Dims.tiny(), "tokenspeed_mla", k_scale=0.5)
+        model = torch.nn.Sequential(env.attn)
+        assert env.backend._prefill_variants(model) == {(False, 1.0, 1.0)}
 
     @pytest.mark.parametrize(
         "device, environ, skip_prefill, compiled",
@@ -768,13 +923,13 @@ class TestStartUp:
     )
     def test_when_they_run(self, device, environ, skip_prefill, compiled, monkeypatch):
         env, _ = Run().on("trtllm_mla").build()
-        calls = []
+        models, env.runner.model = [], object()
         for name, value in environ.items():
             monkeypatch.setenv(name, value)
-        env.backend._compile_prefill_kernels = lambda: calls.append(1)
+        env.backend._compile_prefill_kernels = models.append
         env.backend.device, env.backend.skip_prefill = device, skip_prefill
-        env.backend.init_fp8_prefill()
-        assert len(calls) == compiled
+        env.backend.init_fp8_prefill(env.runner)
+        assert models == [env.runner.model] * compiled
 
     def lines(self, caplog):
         name = mla_fp8_prefill.__name__
@@ -799,6 +954,12 @@ class TestStartUp:
             ),
             (
                 {},
+                dict(pool_class=NoFp8Pool),
+                "declined, NoFp8Pool takes no FP8 rows",
+            ),
+            ({}, dict(pool_class=OwnWriterPool), "with the composed producer"),
+            (
+                {},
                 dict(cache_dtype=torch.bfloat16),
                 "declined, the KV cache is torch.bfloat16, not torch.float8_e4m3fn",
             ),
@@ -807,6 +968,11 @@ class TestStartUp:
                 dict(dtype=torch.float32),
                 "declined, the model is torch.float32, not bfloat16 or float16",
             ),
+            (
+                {},
+                dict(dims=Dims.deepseek_v3(1), pool_class=batch_cases.nsa_pool),
+                "declined, NSATokenToKVPool takes no FP8 rows",
+            ),
         ],
     )
     def test_one_line(self, environ, env, outcome, log, no_flashinfer):
@@ -814,10 +980,23 @@ class TestStartUp:
             Run(env=env, environ=environ).on("trtllm_mla").build()
         assert log() == [f"TRTLLMMLABackend: FP8 prefill preparation {outcome}"]
 
-    def test_one_line_with_flashinfer(self, log, flashinfer):
-        Run(environ={SWITCH: "composed"}).on("tokenspeed_mla").build()
+    @pytest.mark.parametrize(
+        "environ, env, outcome",
+        [
+            ({SWITCH: "composed"}, {}, "with the composed producer"),
+            ({}, dict(pool_class=OwnWriterPool), "with the composed producer"),
+            (
+                {SWITCH: "composed"},
+                dict(dims=Dims.odd(3)),
+                f"declined, {SWITCH}=composed needs head dimensions of 16s",
+            ),
+        ],
+    )
+    def test_one_line_with_flashinfer(self, environ, env, outcome, log, flashinfer):
+        env = {"dims": FOR_FLASHINFER, **env}
+        Run(env=env, environ=environ).on("tokenspeed_mla").build()
         (line,) = log()
-        assert line.endswith("with the composed producer")
+        assert line == f"TokenspeedMLABackend: FP8 prefill preparation {outcome}"
 
     def test_a_line_for_each_backend(self, log):
         for backend in BACKENDS:
@@ -889,6 +1068,40 @@ class TestIndexCheck:
         slots[0], slots[1] = 575, 0
         call.forward_batch.out_cache_loc = slots
         assert call() is not None
+
+    @pytest.mark.parametrize("dims", [dict(nope=24), dict(rope=8)])
+    def test_composed_needs_dimensions_of_16s(self, dims, flashinfer, monkeypatch):
+        """FlashInfer's RoPE would write past the rows of others."""
+        monkeypatch.setenv(SWITCH, "composed")
+        dims = dataclasses.replace(Dims.tiny(), **dims)
+        call = hook_call("trtllm_mla", dims=dims)
+        call.projections = 0
+        assert call() is None
+        call.assert_nothing_touched()
+        monkeypatch.setenv(SWITCH, "fused")
+        call = hook_call("trtllm_mla", dims=dims, pool_class=OwnWriterPool)
+        call.projections = 0
+        assert call() is None
+        assert call.env.backend.prefill_declines == {"KV pool and head dimensions": 1}
+        call.assert_nothing_touched()
+
+    @pytest.mark.parametrize("value", [512, 3])
+    def test_composed_checks_positions(self, value, flashinfer):
+        """A pool with its own writer has slots that only it knows."""
+        call = hook_call(
+            "trtllm_mla",
+            dims=FOR_FLASHINFER,
+            pool_class=OwnWriterPool,
+            max_context=512,
+        )
+        call.positions = call.positions.clone()
+        call.positions[1] = value
+        if value < 512:
+            assert call() is not None
+            return
+        with pytest.raises(IndexError, match=r"positions\[1\] = 512"):
+            call()
+        assert call.env.pool.writes == 0
 
     @on_both
     def test_no_positions_without_rope(self, backend):

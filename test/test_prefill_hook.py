@@ -856,7 +856,9 @@ class TestStartUp:
                 dict(rope=None, k_scale=0.5, v_scale=4.0),
             )
         ]
-        model = torch.nn.Sequential(torch.nn.Identity(), *layers)
+        other = torch.nn.Module()
+        other.attn_mha = layers[0].attn_mha
+        model = torch.nn.Sequential(other, *layers)
         backend = make_env(FOR_FLASHINFER, "trtllm_mla").backend
         variants = {(False, 1, 1), (True, 1, 1), (None, 1, 1), (None, 2.0, 0.25)}
         assert backend._prefill_variants(model) == variants
@@ -957,7 +959,11 @@ class TestStartUp:
                 dict(pool_class=NoFp8Pool),
                 "declined, NoFp8Pool takes no FP8 rows",
             ),
-            ({}, dict(pool_class=OwnWriterPool), "with the composed producer"),
+            (
+                {},
+                dict(pool_class=OwnWriterPool),
+                "declined, OwnWriterPool needs FlashInfer's RoPE",
+            ),
             (
                 {},
                 dict(cache_dtype=torch.bfloat16),
@@ -985,6 +991,11 @@ class TestStartUp:
         [
             ({SWITCH: "composed"}, {}, "with the composed producer"),
             ({}, dict(pool_class=OwnWriterPool), "with the composed producer"),
+            (
+                {},
+                dict(pool_class=OwnWriterPool, dims=Dims.odd(3)),
+                "declined, OwnWriterPool needs FlashInfer's RoPE",
+            ),
             (
                 {SWITCH: "composed"},
                 dict(dims=Dims.odd(3)),
@@ -1025,6 +1036,13 @@ class TestStartUp:
             q_indptr_decode_buf=torch.zeros(9, dtype=torch.int32, device=DEVICE),
         )
         assert len(log()) == before
+
+
+class OwnLayoutPool(OwnWriterPool):
+    """A buffer whose rows are not slots."""
+
+    def get_key_buffer(self, layer_id):
+        return super().get_key_buffer(layer_id)[:1]
 
 
 class TestIndexCheck:
@@ -1091,7 +1109,7 @@ class TestIndexCheck:
         call = hook_call(
             "trtllm_mla",
             dims=FOR_FLASHINFER,
-            pool_class=OwnWriterPool,
+            pool_class=OwnLayoutPool,
             max_context=512,
         )
         call.positions = call.positions.clone()

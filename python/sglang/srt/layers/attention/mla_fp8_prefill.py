@@ -156,21 +156,27 @@ def _is_plain_rope(rotary_emb: torch.nn.Module, rope_dim: int) -> bool:
     )
 
 
+def _inherits(pool, base: type, *methods: str) -> bool:
+    return isinstance(pool, base) and all(
+        getattr(type(pool), method) is getattr(base, method) for method in methods
+    )
+
+
 def _pool_producer(pool) -> Optional[str]:
     """How FP8 rows get into this KV pool: FUSED where its key buffer is the plain
     [slots, 1, lora + rope] and may be written directly, COMPOSED where the pool has to
     store them itself, None where it does not take FP8 rows."""
     from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, MLATokenToKVPool
 
-    inner = pool.full_kv_pool if isinstance(pool, HybridLinearKVPool) else pool
+    access = ("get_key_buffer", "set_mla_kv_buffer")
+    inner = pool
+    if _inherits(pool, HybridLinearKVPool, *access):
+        inner = pool.full_kv_pool
     if not hasattr(inner, "set_mla_kv_buffer") or getattr(inner, "dtype", None) != FP8:
         return None
     if getattr(inner, "nsa_kv_cache_store_fp8", False):
         return None
-    plain = isinstance(inner, MLATokenToKVPool) and all(
-        getattr(type(inner), method) is getattr(MLATokenToKVPool, method)
-        for method in ("get_key_buffer", "set_mla_kv_buffer", "_create_buffers")
-    )
+    plain = _inherits(inner, MLATokenToKVPool, *access, "_create_buffers")
     return FUSED if plain else COMPOSED
 
 
@@ -219,7 +225,7 @@ class MLAFP8PrefillMixin:
         if self._prefill_producer not in (FUSED, COMPOSED, OFF):
             raise ValueError(
                 f"SGLANG_MLA_FP8_PREFILL must be {FUSED}, {COMPOSED} or {OFF}, got "
-                f"{self._prefill_producer!r}"
+                f"{envs.SGLANG_MLA_FP8_PREFILL.get()!r}"
             )
         self._prefill_off = self._process_decline()
         if self.skip_prefill:
@@ -230,6 +236,10 @@ class MLAFP8PrefillMixin:
             outcome = f"declined, {self._prefill_off}"
         elif producer is None:
             outcome = f"declined, {type(pool).__name__} takes no FP8 rows"
+        elif producer == COMPOSED and not (
+            is_flashinfer_available() and self._flashinfer_takes_dims()
+        ):
+            outcome = f"declined, {type(pool).__name__} needs FlashInfer's RoPE"
         elif COMPOSED in (producer, self._prefill_producer):
             outcome = f"with the {COMPOSED} producer"
         else:

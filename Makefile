@@ -8,6 +8,8 @@ VENV ?= .venv
 # PEERS: a folder with SGLang 0.5.13's fp8_quantize.py and mla_kv_pack_quantize_fp8.py.
 PEERS ?=
 OUT ?= bench-results
+GPUS ?= 0
+ONLY ?=
 
 READY := $(if $(VENV),$(VENV)/.ready)
 RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
@@ -15,7 +17,7 @@ PIP := $(RUN) -m pip --quiet --disable-pip-version-check
 SOURCES := conftest.py prefill_patch python test
 BENCH = $(RUN) test/bench.py --sglang $(SGLANG) $(if $(PEERS),--peers $(PEERS))
 
-.PHONY: run test lint docs compile-check bench bench-check clean
+.PHONY: run test lint docs compile-check bench bench-check e2e accuracy clean
 
 # Patch a real SGLang, run its own prefill code and print how exact the result is.
 run: $(READY)
@@ -36,6 +38,19 @@ bench: $(READY)
 # On a GPU: fail where a quick run is slower than the committed table.
 bench-check: $(READY)
 	$(BENCH) --quick --check docs/bench/mla_fp8_prefill.csv
+
+# On a GPU: real servers, patched against unpatched, as OUT/README.md. GPUS=0,1 for the
+# two-GPU part; ONLY="compare load" for some sections; QUICK=1 for fewer prompts.
+e2e: $(READY)
+	PYTHONPATH=test:.:$$PYTHONPATH $(RUN) -m e2e --sglang $(SGLANG) --gpus $(GPUS) \
+		--out $(OUT) $(if $(ONLY),--only $(ONLY)) $(if $(QUICK),--quick)
+
+# On a GPU host: the error against float64 of q, k, v, cache row and attention, as
+# docs/accuracy.md. QUICK=1 for a check of the report itself, without a GPU too.
+accuracy: $(READY)
+	@$(if $(VENV),$(PIP) install '.[bench]')
+	$(RUN) test/accuracy.py --sglang $(SGLANG) --out docs/accuracy \
+		--e2e docs/e2e/results.json $(if $(QUICK),--quick)
 
 # What is generated from the tests.
 docs: $(READY)

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefill_patch import SOURCE, edits
+from prefill_patch import SOURCE, TESTS, edits
 from prefill_patch.diff import FileDiff, file_diff
 from prefill_patch.errors import PatchError
-from prefill_patch.target import Target
+from prefill_patch.target import CHECKOUT, Target
 
 # An upstream file that has this name without our edits has a hook of its own.
 HOOK = b"prepare_prefill_qkv"
@@ -19,14 +19,16 @@ HOOK = b"prepare_prefill_qkv"
 
 @dataclass(frozen=True)
 class Patch:
-    """Edits of upstream files and new files, by path below SGLang's package."""
+    """Edits of upstream files, new files, and tests, new too, that only a checkout
+    gets; by path relative to SGLang's package."""
 
     edits: dict[str, tuple[edits.Edit, ...]]
     files: dict[str, bytes]
+    tests: dict[str, bytes]
 
     @classmethod
     def load(cls, source: Path = SOURCE) -> Patch:
-        """Read a tree that mirrors SGLang's package."""
+        """Read a tree that mirrors SGLang's package, and the tests beside it."""
         edited, new = {}, {}
         for file in _files(source):
             path = file.relative_to(source).as_posix()
@@ -42,7 +44,16 @@ class Patch:
         if both or not edited:
             what = f"both new and edited: {min(both)}" if both else "no *.edit file"
             raise PatchError(f"{source}: {what}")
-        return cls(edited, new)
+        root = source.parent.parent
+        found = (file for name in TESTS for file in _files(root / "test" / name))
+        try:
+            tests = {
+                f"../../{file.relative_to(root).as_posix()}": file.read_bytes()
+                for file in found
+            }
+        except OSError as error:
+            raise PatchError(f"cannot be read: {error}") from None
+        return cls(edited, new, tests)
 
 
 class State(enum.Enum):
@@ -59,7 +70,7 @@ class File:
     """One file of the patch in a target: its bytes as they are, without the patch and
     with it (None: no such file), and what is wrong with it."""
 
-    path: str  # below SGLang's package
+    path: str  # relative to SGLang's package
     state: State
     current: bytes | None
     original: bytes | None = None
@@ -94,7 +105,8 @@ def inspect(patch: Patch, target: Target) -> Inspection:
     """Find out what of the patch a target has; nothing is written."""
     files = [_edited(target, path, todo) for path, todo in patch.edits.items()]
     files += [_new(target, path, data) for path, data in patch.files.items()]
-    files.sort(key=lambda file: file.path)
+    files += _tests(patch, target, {file.state for file in files})
+    files.sort(key=lambda file: target.path(file.path))
     states = {file.state for file in files}
     if states == {State.APPLIED}:
         return Inspection(target, State.APPLIED, tuple(files))
@@ -159,6 +171,19 @@ def _new(target: Target, path: str, data: bytes) -> File:
     return File(path, State.BLOCKED, current, problem=other)
 
 
+def _tests(patch: Patch, target: Target, states: set[State]) -> list[File]:
+    """The tests that are to be added or, where the patch is applied, to be taken back.
+
+    No server depends on them: without them the patch is applied nonetheless, as after
+    it was applied to the package folder inside a checkout.
+    """
+    if target.package != CHECKOUT or len(states) != 1:
+        return []
+    files = [_new(target, path, data) for path, data in patch.tests.items()]
+    done = State.ORIGINAL if states == {State.APPLIED} else State.APPLIED
+    return [file for file in files if file.state is not done]
+
+
 def _ours(files: list[File]) -> bool:
     """Whether anything shows that the patch, or a part of it, was applied."""
     return any(
@@ -191,6 +216,8 @@ def _upstream_hook(target: Target, patch: Patch, files: list[File]) -> list[Patc
 
 
 def _files(folder: Path) -> Iterator[Path]:
+    if folder.is_file():
+        yield folder
     for top, folders, names in os.walk(folder):
         folders[:] = sorted(
             name for name in folders if name != "__pycache__" and name[0] != "."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import posixpath
 import re
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from prefill_patch.errors import PatchError
+
+CHECKOUT = "python/sglang"
 
 _RELEASE = re.compile(r"v?(\d+(?:\.\d+)+(?:(?:a|b|rc)\d+)?(?:\.post\d+)?(?:\.dev\d+)?)")
 # SGLang's wheels are built for one interpreter and platform. Only their Python files
@@ -43,8 +46,8 @@ class Target:
     version: str
 
     def path(self, relative: str) -> str:
-        """A path below the package, as it stands in the diff."""
-        return f"{self.package}/{relative}"
+        """A path relative to the package, as it stands in the diff."""
+        return posixpath.normpath(f"{self.package}/{relative}")
 
     def file(self, relative: str) -> Path:
         return self.root / self.path(relative)
@@ -98,8 +101,8 @@ def _open_target(given: str) -> Target:
             )
         path = fetch_release(release[1])
     root = path.resolve()
-    if (root / "python/sglang/srt").is_dir():
-        package = "python/sglang"
+    if (root / CHECKOUT / "srt").is_dir():
+        package = CHECKOUT
     elif (root / "sglang/srt").is_dir():
         package = "sglang"
     elif root.name == "sglang" and (root / "srt").is_dir():

@@ -37,6 +37,7 @@ import mla_harness as harness
 import torch
 from mla_harness import KERNELS, Batch, Dims, Env, Result, run_prefill
 from sglang_cpu import DEVICE, HAS_GPU
+from standin import kernels
 
 from sglang.srt.compilation.piecewise_context_manager import (
     enable_piecewise_cuda_graph,
@@ -366,37 +367,15 @@ def counted(env: Env, batch: Batch) -> Result:
     return run_prefill(env, batch, around=lambda _: _counted())
 
 
-def _absorbed64(query, kv_cache, block_tables, seq_lens, scale, lora) -> torch.Tensor:
-    out = []
-    for i, n in enumerate(seq_lens.tolist()):
-        pages = block_tables[i, : -(-n // kv_cache.shape[2])].long()
-        keys = kv_cache[pages].flatten(0, 2)[:n].unsqueeze(1)
-        keys = keys.expand(-1, query.shape[2], -1)
-        cu = [0, query.shape[1]], [0, n]
-        out.append(
-            harness.attention64(query[i], keys, keys[..., :lora], *cu, scale, True)[0]
-        )
-    return torch.stack(out).to(torch.bfloat16)
+def _noted(kernel):
+    """The stand-in for a decode kernel, with its calls in KERNELS.counts."""
 
+    @functools.wraps(kernel)
+    def run(*args, **kwargs):
+        KERNELS.counts[kernel.__name__] += 1
+        return kernel(*args, **kwargs)
 
-def trtllm_batch_decode_with_kv_cache_mla(
-    query, kv_cache, kv_lora_rank, block_tables, seq_lens, bmm1_scale, **_
-):
-    """Stands in for FlashInfer's decode kernel, which needs SM100."""
-    KERNELS.counts["trtllm_batch_decode_with_kv_cache_mla"] += 1
-    return _absorbed64(
-        query, kv_cache, block_tables, seq_lens, bmm1_scale, kv_lora_rank
-    )
-
-
-def tokenspeed_mla_decode(
-    query, kv_cache, kv_lora_rank, block_tables, seq_lens, softmax_scale, **_
-):
-    """Stands in for tokenspeed_mla's decode kernel, which needs SM100."""
-    KERNELS.counts["tokenspeed_mla_decode"] += 1
-    return _absorbed64(
-        query, kv_cache, block_tables, seq_lens, softmax_scale, kv_lora_rank
-    )
+    return run
 
 
 def absorbed(env: Env, batch: Batch, mode: str) -> Result:
@@ -418,13 +397,13 @@ def absorbed(env: Env, batch: Batch, mode: str) -> Result:
         else:
             flashinfer = harness.FLASHINFER
             modules = {"flashinfer": flashinfer, "flashinfer.rope": flashinfer.rope}
-        decode = SimpleNamespace(
-            trtllm_batch_decode_with_kv_cache_mla=trtllm_batch_decode_with_kv_cache_mla
-        )
+        trtllm = _noted(kernels.trtllm_batch_decode_with_kv_cache_mla)
+        tokenspeed = _noted(kernels.tokenspeed_mla_decode)
+        decode = SimpleNamespace(trtllm_batch_decode_with_kv_cache_mla=trtllm)
         with (
             mock.patch.dict(sys.modules, modules),
             lent(flashinfer, decode=decode),
-            lent(harness.TOKENSPEED, tokenspeed_mla_decode=tokenspeed_mla_decode),
+            lent(harness.TOKENSPEED, tokenspeed_mla_decode=tokenspeed),
         ):
             yield
 
@@ -448,17 +427,21 @@ class RaggedBackend(AttentionBackend):
         elif forward_batch.mha_one_shot:
             cu_kv = harness._cumulate(forward_batch.seq_lens.tolist())
         KERNELS.record(
-            "ragged",
-            q,
-            k,
-            v,
-            torch.tensor(cu_q),
-            torch.tensor(cu_kv),
-            causal=not prefix,
-            return_lse=bool(forward_batch.mha_return_lse),
-            bmm1_scale=layer.scaling,
-            bmm2_scale=1.0,
-            arguments={},
+            dict(
+                kernel="ragged",
+                q=q,
+                k=k,
+                v=v,
+                cu_q=cu_q,
+                cu_kv=cu_kv,
+                causal=not prefix,
+                return_lse=bool(forward_batch.mha_return_lse),
+                bmm1_scale=layer.scaling,
+                bmm2_scale=1.0,
+                arguments=dict(
+                    batch_size=len(cu_q) - 1, seq_lens=torch.tensor(cu_kv).diff()
+                ),
+            )
         )
         out, lse = harness.attention64(
             q, k, v, cu_q, cu_kv, layer.scaling, causal=not prefix

@@ -29,12 +29,14 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, Callable, Iterator, Optional, Sequence
 
 import sglang_cpu
 import torch
 from sglang_cpu import DEVICE, HAS_GPU
+from standin import kernels
+from standin.install import tokenspeed_module
 
 sglang_cpu.install()
 
@@ -211,39 +213,8 @@ def rope64(
     return out
 
 
-def attention64(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_q: Sequence[int],
-    cu_kv: Sequence[int],
-    scale: float,
-    causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ragged attention in float64: output and natural log-sum-exp of cu_q[-1] rows.
-
-    Causal is aligned to the bottom right. A row that sees no key gets output 0 and
-    log-sum-exp minus infinity.
-    """
-    q, k, v = q.double(), k.double(), v.double()
-    out = q.new_zeros(int(cu_q[-1]), q.shape[1], v.shape[2])
-    lse = q.new_full((int(cu_q[-1]), q.shape[1]), -math.inf)
-    for i in range(len(cu_q) - 1):
-        rows = slice(int(cu_q[i]), int(cu_q[i + 1]))
-        keys = slice(int(cu_kv[i]), int(cu_kv[i + 1]))
-        n_q, n_kv = rows.stop - rows.start, keys.stop - keys.start
-        if n_q == 0 or n_kv == 0:
-            continue
-        logits = torch.einsum("qhd,khd->hqk", q[rows], k[keys]) * scale
-        if causal:
-            last = torch.arange(n_q, device=q.device) + (n_kv - n_q)
-            hidden = torch.arange(n_kv, device=q.device) > last.unsqueeze(1)
-            logits = logits.masked_fill(hidden, -math.inf)
-        total = torch.logsumexp(logits, dim=-1)
-        weights = torch.exp(logits - total.unsqueeze(-1)).nan_to_num(0.0)
-        out[rows] = torch.einsum("hqk,khd->qhd", weights, v[keys])
-        lse[rows] = total.T
-    return out, lse
+# Ragged attention in float64: output and natural log-sum-exp, see the function itself.
+attention64 = functools.partial(kernels.ragged_attention, dtype=torch.float64)
 
 
 def merge64(
@@ -279,219 +250,64 @@ class KernelCall:
 
 @dataclass
 class Kernels:
-    """The log of all kernel stand-ins, and what they leave in unwritten memory.
+    """The log of all kernel stand-ins.
 
-    `compiled` are the tokenspeed kernels built at start-up, `late_compiles` those that
-    a call needed and start-up had not built (minutes on the real thing). `counts` has
-    the calls of the other kernels that are stand-ins, by the real one's name.
+    `counts` has the calls of the kernels that only a CPU lacks, by the real one's name.
     """
 
     calls: list[KernelCall] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
-    compiled: list[tuple] = field(default_factory=list)
-    late_compiles: list[tuple] = field(default_factory=list)
-    poison: float = math.nan
+
+    @property
+    def compiled(self) -> list[tuple]:
+        """The tokenspeed kernels built since `forget_compiled_kernels`."""
+        return kernels.RECORD.compiled
+
+    @property
+    def late_compiles(self) -> list[tuple]:
+        """Those that a call needed and start-up had not built (minutes on the real
+        thing)."""
+        return kernels.RECORD.late_compiles
 
     def clear(self) -> None:
-        self.calls, self.late_compiles, self.counts = [], [], Counter()
+        self.calls, self.counts = [], Counter()
+        kernels.RECORD.late_compiles = []
 
-    def record(self, name, q, k, v, cu_q, cu_kv, **arguments) -> KernelCall:
-        operands = (q, k, v)
-        call = KernelCall(
-            name,
-            *(x.detach().clone() for x in operands),
-            dtypes=tuple(x.dtype for x in operands),
-            strides=tuple(x.stride() for x in operands),
-            contiguous=tuple(x.is_contiguous() for x in operands),
-            data_ptrs=tuple(x.data_ptr() for x in operands),
-            cu_q=cu_q.tolist(),
-            cu_kv=cu_kv.tolist(),
-            **arguments,
+    def record(self, handed: dict[str, Any]) -> None:
+        operands = [handed[name] for name in "qkv"]
+        arguments = dict(handed["arguments"])
+        arguments["seq_lens"] = arguments["seq_lens"].tolist()
+        if "out" in arguments:
+            out = arguments.pop("out")
+            arguments["out_before"] = None if out is None else out.detach().clone()
+        same = ("cu_q", "cu_kv", "causal", "return_lse", "bmm1_scale", "bmm2_scale")
+        self.calls.append(
+            KernelCall(
+                handed["kernel"],
+                *(x.detach().clone() for x in operands),
+                dtypes=tuple(x.dtype for x in operands),
+                strides=tuple(x.stride() for x in operands),
+                contiguous=tuple(x.is_contiguous() for x in operands),
+                data_ptrs=tuple(x.data_ptr() for x in operands),
+                **{name: handed[name] for name in same},
+                arguments=arguments,
+            )
         )
-        self.calls.append(call)
-        return call
 
 
 KERNELS = Kernels()
-
-
-def _check_operands(name: str, q, k, v, aligned: bool) -> None:
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(
-            f"{name}: the kernel reads all three operands as q's type and would take "
-            f"other bytes for it: got {q.dtype}, {k.dtype}, {v.dtype}"
-        )
-    for label, x in (("query", q), ("key", k), ("value", v)):
-        if x.stride(-1) != 1:
-            raise ValueError(f"{name}: {label}'s last dimension is not contiguous")
-        if aligned and x.data_ptr() % 16 != 0:
-            raise ValueError(f"{name}: {label} is not 16-byte aligned")
-
-
-def tokenspeed_mla_prefill(
-    query,
-    key,
-    value,
-    seq_lens,
-    cum_seq_lens,
-    max_seq_len,
-    batch_size,
-    softmax_scale,
-    is_causal=True,
-    return_lse=False,
-    cum_seq_lens_q=None,
-    max_seq_len_q=None,
-    enable_pdl=False,
-):
-    """Stands in for tokenspeed_mla's prefill kernel, which needs SM100.
-
-    As there: BF16 output allocated inside (poisoned here), natural log-sum-exp, 0 and
-    minus infinity for rows without keys, rows past the real ones left alone.
-    """
-    cu_q = cum_seq_lens if cum_seq_lens_q is None else cum_seq_lens_q
-    call = KERNELS.record(
-        "tokenspeed_mla_prefill",
-        query,
-        key,
-        value,
-        cu_q,
-        cum_seq_lens,
-        causal=is_causal,
-        return_lse=return_lse,
-        bmm1_scale=softmax_scale,
-        bmm2_scale=1.0,
-        arguments=dict(
-            seq_lens=seq_lens.tolist(),
-            max_seq_len=max_seq_len,
-            max_seq_len_q=max_seq_len_q,
-            batch_size=batch_size,
-            enable_pdl=enable_pdl,
-        ),
-    )
-    _check_operands(call.name, query, key, value, aligned=True)
-    config = _prefill_config(
-        query.dtype, query.shape[2], value.shape[2], is_causal, return_lse, enable_pdl
-    )
-    if config not in TOKENSPEED.mla_prefill._compiled_kernels:
-        KERNELS.late_compiles.append(config)
-    out = torch.full(
-        (query.shape[0], query.shape[1], value.shape[2]),
-        KERNELS.poison,
-        dtype=torch.bfloat16,
-        device=query.device,
-    )
-    lse = out.new_full(out.shape[:2], KERNELS.poison, dtype=torch.float32)
-    real_out, real_lse = attention64(
-        query, key, value, call.cu_q, call.cu_kv, softmax_scale, is_causal
-    )
-    out[: call.cu_q[-1]] = real_out.to(out.dtype)
-    lse[: call.cu_q[-1]] = real_lse.float()
-    return (out, lse) if return_lse else out
-
-
-def trtllm_ragged_attention_deepseek(
-    query,
-    key,
-    value,
-    workspace_buffer,
-    seq_lens,
-    max_q_len,
-    max_kv_len,
-    bmm1_scale,
-    bmm2_scale,
-    o_sf_scale,
-    batch_size,
-    window_left,
-    cum_seq_lens_q,
-    cum_seq_lens_kv,
-    enable_pdl,
-    is_causal,
-    return_lse,
-    skip_softmax_threshold_scale_factor=None,
-    out=None,
-    lse=None,
-):
-    """Stands in for FlashInfer's trtllm-gen ragged kernel, which needs SM100.
-
-    As there: the caller's `out`, base-2 log-sum-exp, rows past the real ones left
-    alone, and garbage (poison here) in rows without keys, which the backend repairs.
-    Head dimensions other than the real kernel's are accepted.
-    """
-    call = KERNELS.record(
-        "trtllm_ragged_attention_deepseek",
-        query,
-        key,
-        value,
-        cum_seq_lens_q,
-        cum_seq_lens_kv,
-        causal=is_causal,
-        return_lse=return_lse,
-        bmm1_scale=float(bmm1_scale),
-        bmm2_scale=float(bmm2_scale),
-        arguments=dict(
-            seq_lens=seq_lens.tolist(),
-            max_q_len=max_q_len,
-            max_kv_len=max_kv_len,
-            batch_size=batch_size,
-            enable_pdl=enable_pdl,
-            o_sf_scale=o_sf_scale,
-            out_before=None if out is None else out.detach().clone(),
-        ),
-    )
-    _check_operands(call.name, query, key, value, aligned=False)
-    shape = (query.shape[0], query.shape[1], value.shape[2])
-    if out is None:
-        dtype = torch.bfloat16 if query.dtype in FP8_DTYPES else query.dtype
-        out = torch.full(shape, KERNELS.poison, dtype=dtype, device=query.device)
-    if tuple(out.shape) != shape or out.dtype in FP8_DTYPES:
-        raise ValueError(f"{call.name}: out is {out.dtype} {tuple(out.shape)}")
-    if lse is None:
-        lse = out.new_full(shape[:2], KERNELS.poison, dtype=torch.float32)
-    real_out, real_lse = attention64(
-        query, key, value, call.cu_q, call.cu_kv, call.bmm1_scale, is_causal
-    )
-    real_out *= call.bmm2_scale
-    empty = real_lse.isinf()
-    real_out[empty] = KERNELS.poison
-    real_lse[empty] = KERNELS.poison
-    out[: call.cu_q[-1]] = real_out.to(out.dtype)
-    lse[: call.cu_q[-1]] = (real_lse / math.log(2)).float()
-    return (out, lse) if return_lse else out
-
-
-def _prefill_config(dtype, qk, v, causal, return_lse, pdl, ex2=False) -> tuple:
-    return (dtype, qk, v, causal, return_lse, pdl, ex2)
-
-
-def _compile_prefill_kernel(
-    q_dtype, qk, v, causal, return_lse, use_pdl=False, enable_ex2_emulation=True
-):
-    config = _prefill_config(
-        q_dtype, qk, v, causal, return_lse, use_pdl, enable_ex2_emulation
-    )
-    KERNELS.compiled.append(config)
-    return config
+kernels.SETTINGS.listener = KERNELS.record
+kernels.SETTINGS.dtype = torch.float64
+kernels.SETTINGS.any_head_dim = True
 
 
 def forget_compiled_kernels() -> None:
     """Let the next tokenspeed backend start as in a fresh process."""
-    TOKENSPEED.mla_prefill._compiled_kernels.clear()
-    KERNELS.compiled.clear()
+    kernels.compiled_kernels.clear()
+    kernels.RECORD.compiled.clear()
 
 
-def _tokenspeed_module() -> ModuleType:
-    """Stands in for the tokenspeed_mla package, which imports only beside CuTe DSL."""
-    package = ModuleType("tokenspeed_mla")
-    package.mla_prefill = ModuleType("tokenspeed_mla.mla_prefill")
-    package.mla_prefill._compiled_kernels = {}
-    package.mla_prefill._compile_prefill_kernel = _compile_prefill_kernel
-    package.mla_prefill._enable_ex2_emulation = lambda: False
-    package.tokenspeed_mla_prefill = tokenspeed_mla_prefill
-    package.get_num_sm = lambda device: 1
-    return package
-
-
-TOKENSPEED = _tokenspeed_module()
+TOKENSPEED = tokenspeed_module()
 
 
 class _FlashInferWrapper:
@@ -631,7 +447,7 @@ def _planned_when_run(wrapper: type) -> type:
 # What a CPU has of FlashInfer; also for modules that import it only beside a GPU.
 FLASHINFER = SimpleNamespace(
     prefill=SimpleNamespace(
-        trtllm_ragged_attention_deepseek=trtllm_ragged_attention_deepseek
+        trtllm_ragged_attention_deepseek=kernels.trtllm_ragged_attention_deepseek
     ),
     rope=SimpleNamespace(mla_rope_quantize_fp8=mla_rope_quantize_fp8),
 )
@@ -644,7 +460,7 @@ def _install_stand_ins() -> None:
         import flashinfer.prefill
 
         flashinfer.prefill.trtllm_ragged_attention_deepseek = (
-            trtllm_ragged_attention_deepseek
+            kernels.trtllm_ragged_attention_deepseek
         )
         flashinfer_mla_backend.BatchPrefillWithRaggedKVCacheWrapper = _planned_when_run(
             flashinfer_mla_backend.BatchPrefillWithRaggedKVCacheWrapper

@@ -759,6 +759,88 @@ def test_round_trip(run, tmp_path, package):
     assert snapshot(tree) == before
 
 
+TESTS = {
+    "test/registered/mla/test_it.py": "import standin\n",
+    "test/standin/kernels.py": "y = 2\n",
+    "test/e2e/models.py": "z = 3\n",
+}
+
+
+@pytest.fixture
+def with_tests(tmp_path, capfd):
+    """`run` on a patch that has tests for a checkout."""
+    mirror = {f"python/sglang/{name}": content for name, content in MIRROR.items()}
+    here = {"test/test_here.py": "", "test/e2e/load.py": "", "test/standin/.x": ""}
+    source = write_tree(tmp_path / "project", mirror | TESTS | here) / "python/sglang"
+
+    def run(command: str, tree: Path) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = main([command, "--sglang", str(tree)], source=source)
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def test_tests_go_into_a_checkout(with_tests, tmp_path):
+    theirs = {"test/registered/mla/test_other.py": "", "test/run_suite.py": "x = 1\n"}
+    tree = repository(make(tmp_path / "t", **theirs))
+    before = snapshot(tree)
+    diff = with_tests("build", tree)[1]
+    assert with_tests("apply", tree)[0] == 0
+    assert {name: (tree / name).read_text() for name in TESTS} == TESTS
+    assert len(git(tree, "status", "--porcelain", "-uall").splitlines()) == 5 + 3
+    assert with_tests("status", tree)[0] == 0
+    assert with_tests("build", tree)[1] == diff
+    after = snapshot(tree)
+    # What running them leaves behind goes with them.
+    compiled = {"test/standin/__pycache__/kernels.cpython-311.pyc": b""}
+    write_tree(tree, compiled)
+    assert with_tests("revert", tree)[0] == 0
+    assert snapshot(tree) == before
+    subprocess.run(["git", "apply"], cwd=tree, input=diff, check=True, text=True)
+    assert snapshot(tree) == after
+
+
+def test_no_tests_for_a_package_folder(with_tests, tmp_path):
+    installed = make(tmp_path / "site-packages", "sglang")
+    assert with_tests("apply", installed)[0] == 0
+    assert not (installed / "test").exists()
+
+    # The package in a checkout, by either path.
+    tree = make(tmp_path / "t")
+    before = snapshot(tree)
+    assert with_tests("apply", tree / "python")[0] == 0
+    assert not (tree / "test").exists()
+    assert with_tests("status", tree)[0] == 0
+    assert with_tests("revert", tree)[0] == 0
+    assert snapshot(tree) == before
+    assert with_tests("apply", tree)[0] == 0
+    assert with_tests("revert", tree / "python")[0] == 0
+    assert with_tests("status", tree)[0] == 1
+    assert with_tests("apply", tree)[0] == 0
+    assert with_tests("revert", tree)[0] == 0
+    assert snapshot(tree) == before
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_tests_that_are_changed_or_gone(with_tests, tmp_path, name):
+    tree = make(tmp_path / "t", **{name: "other\n"})
+    refused(with_tests, tree, f"{name}: a file that the patch adds is already there")
+    (tree / name).unlink()
+    assert with_tests("apply", tree)[0] == 0
+    write_tree(tree, {name: TESTS[name] + "more\n"})
+    before = snapshot(tree)
+    for command, status, said in (("status", 3, 1), ("revert", 3, 2)):
+        done = with_tests(command, tree)
+        assert done[0] == status and f"{name}: a file that the patch" in done[said]
+        assert snapshot(tree) == before
+    # Nothing that serves is missing.
+    (tree / name).unlink()
+    assert with_tests("status", tree)[0] == 0
+    assert with_tests("revert", tree)[0] == 0
+    assert not any((tree / name).exists() for name in TESTS)
+
+
 def test_paths_that_name_a_target(run, tmp_path):
     installed = make(tmp_path / "lib/site-packages", "sglang")
     checkout = make(tmp_path / "checkout")
@@ -1329,7 +1411,8 @@ def test_round_trip_on_each_release(tmp_path, capsys):
         assert main(["revert", "--sglang", str(tree)]) == 0
         assert snapshot(tree) == before
     assert built[0] == built[1]
-    assert built[0].count(b"diff --git") == len(patch.edits) + len(patch.files)
+    parts = (patch.edits, patch.files, patch.tests)
+    assert built[0].count(b"diff --git") == sum(map(len, parts))
 
 
 def unparsed(code: str) -> str:

@@ -1,0 +1,290 @@
+"""The page and the table of a run of the suite, from its results.json.
+
+python -m e2e.report docs/e2e/results.json > docs/e2e/README.md
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from e2e import compare
+
+# One DeepSeek-V3 layer on a rank that has all heads: attention's multiplications and
+# additions for n causal tokens, and what an FP8 attention kernel might do a second.
+LAYERS = 61
+ATTENTION_FLOPS = 2 * 128 * (192 + 128) / 2
+ATTENTION_RATE = 1e15
+
+MODELS = {
+    "deepseek_v3_wide": "128 heads (data-parallel attention)",
+    "deepseek_v3_tp8": "16 heads (tensor parallel 8)",
+}
+
+INTRODUCTION = """\
+# A real server, end to end
+
+SGLang's own server (scheduler, radix cache, chunked prefill, DeepSeek model code,
+backends, KV pool) with the patch and without it, over HTTP, on small models of
+DeepSeek-V3's architecture with random weights. The attention kernels, which need
+SM100, are [stand-ins](../../test/standin/kernels.py) in plain torch that check what they
+are handed; everything else is what runs in production.
+
+```bash
+make e2e VENV= SGLANG=/path/to/site-packages            # one GPU
+make e2e VENV= SGLANG=/path/to/site-packages GPUS=0,1   # the two-GPU part
+```
+
+What this does not show: the SM100 attention kernels and a trained model's weights.
+"""
+
+COMPARE = """
+## Log-probabilities and greedy tokens
+
+*distance*: mean over tokens of |log p(server) - log p(transformers)| of the prompts'
+tokens; the interval is a 95% percentile bootstrap over prompts ({resamples} resamples,
+suffixes of one prefix together) of the ratio patched / unpatched. "No larger" means that
+its upper end is at most {margin:.2f}; "undecided", that its prompts are too few to
+tell, which the rows for everything together may not be. *far tokens*: share of greedy tokens that
+transformers, having read the same tokens, finds {near} or more below its own choice; no
+larger means that the interval of the difference ends below {greedy:.0%}.
+*consistency*: distance of a request's answer among 64 others from the one it gets
+alone. *bit-equal*: the hook switched off by environment. Prompts: random ids, 1 to
+16,000 tokens, seeds 1 to 3; prefixes of 64 to 12,288 cached tokens in 1 to many chunks.
+With trtllm_mla the stand-in returns natural log-sum-exps, as SGLang merges them, except
+where the table says base-2, which is what trtllm-gen returns and which makes merged
+prefix chunks wrong, patched or not.
+"""
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table of rows that have the same keys."""
+    if not rows:
+        return ""
+    names = list(rows[0])
+    lines = [names, ["---"] * len(names)]
+    lines += [[str(row[name]) for name in names] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _machine(section: Mapping[str, Any]) -> str:
+    m = section["machine"]
+    quick = "; `--quick`" if m["quick"] else ""
+    return (
+        f"\n{m['gpus']} x {m['gpu']}, torch {m['torch']}, triton {m['triton']}, "
+        f"SGLang {m['sglang']}{quick}.\n"
+    )
+
+
+def _kernels(records: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    """What reached the attention kernels of the patched servers, added up."""
+    totals: dict[tuple, list[int]] = {}
+    for sides in records.values():
+        for call in sides["patched"]["calls"]:
+            kind = {True: "causal", False: "prefix chunk", None: "decode"}
+            key = (
+                call["kernel"],
+                kind[call.get("causal")],
+                "/".join(call[f"{x}_dtype"] for x in "qkv"),
+                "yes" if call["contiguous"] else "no",
+            )
+            total = totals.setdefault(key, [0, 0])
+            total[0] += call["count"]
+            total[1] += call["tokens"]
+    for (kernel, kind, dtypes, contiguous), (count, tokens) in sorted(totals.items()):
+        yield {
+            "kernel": kernel,
+            "kind": kind,
+            "q/k/v": dtypes,
+            "contiguous": contiguous,
+            "calls": f"{count:,}",
+            "tokens": f"{tokens:,}",
+        }
+
+
+def _comparisons(section: Mapping[str, Any]) -> str:
+    text = table(compare.rows(section["comparisons"] + section["pooled"]))
+    nan = sum(
+        n
+        for sides in section["records"].values()
+        for record in sides.values()
+        for n in record["nan"].values()
+    )
+    text += "\nWhat the patched servers handed to the attention kernels "
+    text += f"(NaN among it and in what came out: {nan}):\n\n"
+    return text + table(list(_kernels(section["records"])))
+
+
+def _load(section: Mapping[str, Any]) -> str:
+    rows = []
+    for backend, sides in section.get("load", {}).items():
+        for side, parts in sides.items():
+            storm, answers = parts["storm"], parts["answers"]
+            aborts, leaks = storm["aborts"], parts["leaks"]
+            memory = leaks["memory"]["server"] - leaks["memory_before"]["server"]
+            same = f"{answers['identical']} of {answers['compared']}"
+            spread = answers["first_token"]
+            rows.append(
+                {
+                    "backend": backend,
+                    "side": side,
+                    "requests": f"{storm['complete']} of {storm['requests']}",
+                    "aborted in prefill or queue": aborts["in_queue"]
+                    + aborts["once_started"],
+                    "flushes": storm["flushes"]["at_lulls"],
+                    "seconds": f"{storm['seconds']:.0f}",
+                    "pool tokens held after": leaks["pool"]["used"],
+                    "GPU memory after": f"{memory / 2**20:+.0f} MiB",
+                    "same output as in quiet": same,
+                    "first token's log p, mean off": f"{spread['mean']:.4f}",
+                }
+            )
+    text = table(rows)
+    for backend, r in section.get("retractions", {}).items():
+        text += (
+            f"\n{backend}, a pool of {r['pool']['total']} tokens: "
+            f"{r['requests_retracted']} retractions, {r['complete']} of "
+            f"{r['requests']} requests complete.\n"
+        )
+    return text
+
+
+def _kill(section: Mapping[str, Any]) -> str:
+    r = section["kill"]
+    return (
+        f"SIGKILL to {r['killed']} with {r['failed_by_kill']} requests in flight: down "
+        f"after {r['seconds_until_down']:.1f} s, {r['gpu_memory_freed'] / 2**20:.0f} MiB "
+        f"of GPU memory freed, a fresh server gives {r['equal_after_restart']} of "
+        f"{r['compared']} answers bit for bit as before.\n"
+    )
+
+
+def _milliseconds(seconds: Sequence[float]) -> float:
+    return 1e3 * statistics.median(seconds)
+
+
+def _profile(section: Mapping[str, Any]) -> str:
+    launches, times, rates, shares = [], [], [], []
+    for model, backends in section["profile"].items():
+        for backend, result in backends.items():
+            who = {"model": MODELS[model], "backend": backend}
+            u, p = (result["layers"][side] for side in ("unpatched", "patched"))
+            for size in u:
+                a, b = u[size], p[size]
+                launches.append(
+                    {
+                        **who,
+                        "tokens": size,
+                        "launches": f"{a['launches']} -> {b['launches']}",
+                        "of the preparation": f"{a['preparation_launches']} -> "
+                        f"{b['preparation_launches']}",
+                        "its GPU time": f"{a['preparation_us']:.0f} -> "
+                        f"{b['preparation_us']:.0f} us",
+                        "less": f"{a['preparation_us'] / b['preparation_us']:.2f}x",
+                        "the whole layer": f"{a['us']:.0f} -> {b['us']:.0f} us",
+                    }
+                )
+                if model == "deepseek_v3_wide" and size.isdigit():
+                    shares.append({**who, **_share(int(size), a, b)})
+            for size, sides in result["time_to_first_token"].items():
+                a, b = (_milliseconds(sides[x]) for x in ("unpatched", "patched"))
+                times.append(
+                    {
+                        **who,
+                        "tokens": size,
+                        "unpatched": f"{a:.2f} ms",
+                        "patched": f"{b:.2f} ms",
+                        "less": f"{1 - b / a:.1%}",
+                    }
+                )
+            a, b = (
+                statistics.median(result["throughput"][x])
+                for x in ("unpatched", "patched")
+            )
+            rates.append(
+                {
+                    **who,
+                    "prompts": f"16 of {result['throughput_prompt']} tokens",
+                    "unpatched": f"{a:,.0f} tokens/s",
+                    "patched": f"{b:,.0f} tokens/s",
+                    "more": f"{b / a - 1:.1%}",
+                }
+            )
+    return (
+        "Four layers with DeepSeek-V3's dense dimensions (hidden 7168, MLP 18432 over "
+        "the tensor-parallel size), eager, attention kernels that do nothing. Launches "
+        "and GPU time of one layer, from SGLang's profiler; the preparation is what is "
+        "neither projection, norm, activation nor attention: RoPE, concatenation, "
+        "casts, cache row, and for prefix chunks gather, pack and merge.\n\n"
+        + table(launches)
+        + "\nTime to first token of one request over HTTP, all of it but attention "
+        "(median of requests sent to both servers in turn):\n\n"
+        + table(times)
+        + "\nPrompt throughput, all of it but attention:\n\n"
+        + table(rates)
+        + f"\nProjected share of a DeepSeek-V3 prefill step: saved microseconds a layer "
+        f"over the layer's measured time plus attention's, taken as 128 heads x "
+        f"(192 + 128) x tokens^2 multiply-adds over two (causal) at "
+        f"{ATTENTION_RATE / 1e12:.0f} TFLOP/s; {LAYERS} layers. A projection from this "
+        "GPU's BF16 projections and MLP; FP8 ones take less, and the share grows.\n\n"
+        + table(shares)
+    )
+
+
+def _share(tokens: int, a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, str]:
+    attention = ATTENTION_FLOPS * tokens**2 / ATTENTION_RATE * 1e6
+    saved = a["preparation_us"] - b["preparation_us"]
+    return {
+        "tokens": str(tokens),
+        "saved": f"{saved:.0f} us",
+        "layer": f"{a['us']:.0f} us",
+        "attention": f"{attention:.0f} us",
+        "share": f"{saved / (a['us'] + attention):.1%}",
+        "a step": f"{saved * LAYERS / 1e3:.1f} ms",
+    }
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The page. A section that did not run, or not to its end, is left out."""
+    parts = [INTRODUCTION]
+    sections = (
+        (
+            "compare",
+            COMPARE.format(
+                resamples=f"{compare.RESAMPLES:,}",
+                margin=1 + compare.MARGIN,
+                near=compare.NEAR,
+                greedy=compare.GREEDY_MARGIN,
+            ),
+            _comparisons,
+        ),
+        ("parallel", "\n## Two GPUs\n", _comparisons),
+        (
+            "load",
+            "\n## Load\n\nA storm of requests with shared prefixes, aborts and cache "
+            "flushes, 200 at once, and the same requests in quiet.\n",
+            _load,
+        ),
+        ("kill", "\n## Killed in mid-batch\n", _kill),
+        ("profile", "\n## Launches and time\n", _profile),
+    )
+    for name, title, write in sections:
+        section = results.get(name)
+        if not section:
+            continue
+        parts += [title, _machine(section), "\n"]
+        try:
+            parts.append(write(section))
+        except (KeyError, TypeError, ZeroDivisionError) as e:
+            parts.append(f"Not complete: {type(e).__name__} {e}.\n")
+        if section["problems"]:
+            parts += ["\nProblems:\n\n", *(f"- {p}\n" for p in section["problems"])]
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    print(markdown(json.loads(Path(sys.argv[1]).read_text())), end="")

@@ -1,0 +1,210 @@
+"""FP8 prefill of the MLA backends in a real server on one Hopper GPU, against the same
+server with SGLANG_MLA_FP8_PREFILL=off.
+
+The model is of DeepSeek-V3's architecture, small, with random weights. Only the attention
+kernels, which need SM100, are not the real ones: test/standin/ takes their place.
+"""
+
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+from typing import NamedTuple
+
+import requests
+
+from sglang.srt.utils import is_sm90_supported, kill_process_tree
+from sglang.test.ci.ci_register import register_cuda_ci
+from sglang.test.test_utils import (
+    DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH,
+    DEFAULT_URL_FOR_TEST,
+    CustomTestCase,
+)
+
+register_cuda_ci(est_time=240, stage="stage-b", runner_config="1-gpu-large")
+
+# The folder of the packages `standin` and `e2e`.
+TEST = Path(__file__).resolve().parents[2]
+FP8 = "float8_e4m3fn"
+VOCAB = 4096
+LENS = (5, 64, 700, 3000)
+# Below the longest prompt, whose later chunks then have a prefix.
+CHUNK = 1024
+# Of the mean distance between the log-probabilities of a prompt, in standard deviations
+# of the latter from token to token.
+TOLERANCE = 0.05
+
+
+class Run(NamedTuple):
+    """What a server answered, and what is known of how."""
+
+    logprobs: dict[str, list[float]]
+    cached_tokens: int
+    calls: list[dict]
+    log: str
+
+
+def generate(prompts: list[list[int]], logprob_start_len: int) -> list[dict]:
+    response = requests.post(
+        f"{DEFAULT_URL_FOR_TEST}/generate",
+        json={
+            "input_ids": prompts,
+            "sampling_params": {
+                "temperature": 0,
+                "max_new_tokens": 4,
+                "ignore_eos": True,
+            },
+            "return_logprob": True,
+            "logprob_start_len": logprob_start_len,
+        },
+        timeout=600,
+    )
+    response.raise_for_status()
+    return [answer["meta_info"] for answer in response.json()]
+
+
+def input_logprobs(answer: dict) -> list[float]:
+    # The first token of a prompt has none.
+    values = [value for value, *_ in answer["input_token_logprobs"]]
+    return [value for value in values if value is not None]
+
+
+def wait_until_healthy(process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            url = f"{DEFAULT_URL_FOR_TEST}/health_generate"
+            if requests.get(url, timeout=30).status_code == 200:
+                return
+        except requests.RequestException:
+            pass
+        time.sleep(1)
+    ended = "not healthy in time" if process.poll() is None else "ended"
+    raise RuntimeError(f"the server {ended}:\n{log.read_text()[-8000:]}")
+
+
+def run_server(model: Path, attention_backend: str, producer: str, folder: Path) -> Run:
+    folder.mkdir()
+    log = folder / "log.txt"
+    _, host, port = DEFAULT_URL_FOR_TEST.split(":")
+    command = [sys.executable, "-m", "standin.launch_server"]
+    command += ["--model-path", str(model), "--skip-tokenizer-init"]
+    command += ["--host", host.lstrip("/"), "--port", port]
+    command += ["--attention-backend", attention_backend]
+    command += ["--kv-cache-dtype", "fp8_e4m3", "--page-size", "64"]
+    command += ["--chunked-prefill-size", str(CHUNK), "--max-total-tokens", "65536"]
+    command += ["--sampling-backend", "pytorch", "--random-seed", "0"]
+    # The stand-ins read lengths on the host, which a graph cannot.
+    command += ["--disable-cuda-graph", "--disable-piecewise-cuda-graph"]
+    inherited = filter(None, [os.environ.get("PYTHONPATH")])
+    env = {
+        "PYTHONPATH": os.pathsep.join([str(TEST), *inherited]),
+        "SGLANG_MLA_FP8_PREFILL": producer,
+        "STANDIN_RECORD": str(folder),
+    }
+    with open(log, "w") as output:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **env},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        wait_until_healthy(process, log)
+        rng = random.Random(0)
+        prompts = [[rng.randrange(VOCAB) for _ in range(n)] for n in LENS]
+        answers = generate(prompts, logprob_start_len=0)
+        longest = prompts[-1]
+        tail = [rng.randrange(VOCAB) for _ in range(300)]
+        (hit,) = generate([longest + tail], logprob_start_len=len(longest))
+    finally:
+        kill_process_tree(process.pid, wait_timeout=60)
+    logprobs = {
+        f"{n} tokens": input_logprobs(answer) for n, answer in zip(LENS, answers)
+    }
+    logprobs["behind a cached prefix"] = input_logprobs(hit)
+    records = [json.loads(file.read_text()) for file in folder.glob("record-*.json")]
+    return Run(
+        logprobs,
+        hit["cached_tokens"],
+        [call for record in records for call in record["calls"]],
+        log.read_text(),
+    )
+
+
+class HookOnAgainstOff:
+    attention_backend: str
+    prefill_kernel: str
+
+    @classmethod
+    def setUpClass(cls):
+        sys.path.insert(0, str(TEST))
+        from e2e.models import make_model
+
+        with tempfile.TemporaryDirectory() as work:
+            model = Path(work, "model")
+            make_model("deepseek_v3", model)
+            cls.on, cls.off = (
+                run_server(model, cls.attention_backend, producer, Path(work, producer))
+                for producer in ("fused", "off")
+            )
+
+    def test_log_says_which_path_it_is(self):
+        what = "FP8 prefill preparation"
+        self.assertIn(f"{what} with the fused producer", self.on.log)
+        self.assertNotIn(f"{what} declined", self.on.log)
+        self.assertIn(f"{what} declined, SGLANG_MLA_FP8_PREFILL=off", self.off.log)
+
+    def test_kernel_is_handed_fp8(self):
+        for run in (self.on, self.off):
+            calls = [c for c in run.calls if c["kernel"] == self.prefill_kernel]
+            # New tokens, and the chunks of a prefix.
+            self.assertEqual({call["causal"] for call in calls}, {True, False})
+            for call in calls:
+                dtypes = [call[f"{name}_dtype"] for name in "qkv"]
+                self.assertEqual(dtypes, [FP8] * 3, call)
+        for call in self.on.calls:
+            if call["kernel"] == self.prefill_kernel:
+                self.assertTrue(call["contiguous"], call)
+
+    def test_prefix_is_cached(self):
+        self.assertGreaterEqual(self.on.cached_tokens, LENS[-1] - 64)
+        self.assertEqual(self.on.cached_tokens, self.off.cached_tokens)
+
+    def test_log_probabilities_agree(self):
+        spread = statistics.stdev(self.off.logprobs[f"{LENS[-1]} tokens"])
+        for name, on in self.on.logprobs.items():
+            with self.subTest(name):
+                off = self.off.logprobs[name]
+                self.assertEqual(len(on), len(off))
+                self.assertTrue(all(map(math.isfinite, on + off)))
+                distance = statistics.fmean(abs(a - b) for a, b in zip(on, off))
+                print(
+                    f"{self.attention_backend}, {name}: {distance=:.4f} {spread=:.4f}"
+                )
+                self.assertLess(distance, TOLERANCE * spread)
+        # One rounding or two: were all of them equal, both servers took one path.
+        self.assertNotEqual(self.on.logprobs, self.off.logprobs)
+
+
+@unittest.skipUnless(is_sm90_supported(), "needs a Hopper GPU (SM90)")
+class TestTRTLLMMLA(HookOnAgainstOff, CustomTestCase):
+    attention_backend = "trtllm_mla"
+    prefill_kernel = "trtllm_ragged_attention_deepseek"
+
+
+@unittest.skipUnless(is_sm90_supported(), "needs a Hopper GPU (SM90)")
+class TestTokenspeedMLA(HookOnAgainstOff, CustomTestCase):
+    attention_backend = "tokenspeed_mla"
+    prefill_kernel = "tokenspeed_mla_prefill"
+
+
+if __name__ == "__main__":
+    unittest.main()

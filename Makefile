@@ -39,7 +39,7 @@ bench: $(READY)
 bench-check: $(READY)
 	$(BENCH) --quick --check docs/bench/mla_fp8_prefill.csv
 
-# On a GPU: real servers, patched against unpatched, as OUT/README.md. GPUS=0,1 for the
+# On a GPU: real servers, patched against unpatched, as OUT/README.md. GPUS=0,1 with the
 # two-GPU part; ONLY="compare load" for some sections; QUICK=1 for fewer prompts.
 e2e: $(READY)
 	PYTHONPATH=test:.:$$PYTHONPATH $(RUN) -m e2e --sglang $(SGLANG) --gpus $(GPUS) \

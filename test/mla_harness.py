@@ -425,6 +425,17 @@ def _fixup_zero_kv_rows(out, lse, kv_lens, cum_seq_lens, max_seq_len) -> None:
             lse[starts[i] : starts[i + 1]] = -math.inf
 
 
+def _fixup_where_it_faults(fixup: Callable) -> Callable:
+    """Stands in for SGLang's JIT CUDA kernel where it writes to misaligned addresses,
+    which ends an unpatched SGLang's process: with heads that are no multiple of 4."""
+
+    @functools.wraps(fixup)
+    def run(out, lse, *lens):
+        (_fixup_zero_kv_rows if lse.shape[1] % 4 else fixup)(out, lse, *lens)
+
+    return run
+
+
 def _planned_when_run(wrapper: type) -> type:
     """FlashInfer's own wrapper, which compiles its kernel when planned: here only when
     it is run, since the backends plan several that the paths under test never run."""
@@ -462,6 +473,8 @@ def _install_stand_ins() -> None:
         flashinfer.prefill.trtllm_ragged_attention_deepseek = (
             kernels.trtllm_ragged_attention_deepseek
         )
+        fixup = trtllm_mla_backend.fixup_zero_kv_rows
+        trtllm_mla_backend.fixup_zero_kv_rows = _fixup_where_it_faults(fixup)
         flashinfer_mla_backend.BatchPrefillWithRaggedKVCacheWrapper = _planned_when_run(
             flashinfer_mla_backend.BatchPrefillWithRaggedKVCacheWrapper
         )

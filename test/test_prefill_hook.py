@@ -894,11 +894,11 @@ class TestStartUp:
                 launched.add((self._kernel.__name__, constants, types))
                 return super().__call__(num_programs, tensors, numbers)
 
+        run = Run(env=dict(dims=FOR_FLASHINFER, **layer), batch={**CHUNKS, "chunks": 2})
+        env, batch = run.on("trtllm_mla").build()
         for module in (mla_prefill_module, mla_kv_pack_module):
             monkeypatch.setattr(module, "_PLANS", {})
             monkeypatch.setattr(module, "Launcher", Seen)
-        run = Run(env=dict(dims=FOR_FLASHINFER, **layer), batch={**CHUNKS, "chunks": 2})
-        env, batch = run.on("trtllm_mla").build()
         env.backend._compile_prefill_kernels(torch.nn.Sequential(env.attn))
         at_start = set(launched)
         assert len(at_start) == 2

@@ -4,8 +4,8 @@
 
 Starts SGLang servers on the stand-ins of `standin`, drives them over HTTP and ends
 them. Writes results.json and README.md to the output folder, prints the table, and
-exits 1 where something is not ok. Sections: compare, load, kill, profile; with two
-GPUs (`--gpus 0,1`) the section parallel alone.
+exits 1 where something is not ok. Sections: compare, load, kill, profile and, with two
+GPUs (`--gpus 0,1`), parallel.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.metadata
+import itertools
 import json
+import os
 import sys
 import tempfile
 import threading
@@ -22,7 +24,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -33,9 +35,11 @@ from e2e.models import VOCAB, make_model
 from e2e.reference import Reference
 from e2e.servers import Server, ServerSpec
 
+from prefill_patch.target import open_target
+
 SECTIONS = ("compare", "load", "kill", "profile", "parallel")
-# Servers that run side by side: each takes a few GB of host memory and of the GPU's.
-SIDE_BY_SIDE = 12
+# Servers that run side by side, each with three processes and a few GB of memory.
+SIDE_BY_SIDE = max(2, 3 * (os.cpu_count() or 1) // 4)
 TOKENSPEED, TRTLLM = "tokenspeed_mla", "trtllm_mla"
 # SGLang merges prefix chunks by natural log-sum-exps, trtllm-gen returns base-2 ones;
 # natural ones here let errors show that wrong weights would hide.
@@ -61,7 +65,8 @@ class Case:
     model: str = "deepseek_v3"
     env: Mapping[str, str] = field(default_factory=dict)
     patched_env: Mapping[str, str] = field(default_factory=dict)
-    gpus: tuple[int, ...] = (0,)
+    # None: the first that the run may use.
+    gpus: Optional[tuple[int, ...]] = None
     seeds: int = 1
     # Data-parallel ranks have a prefix cache each.
     hits: bool = True
@@ -162,8 +167,12 @@ def one_gpu_cases() -> list[Case]:
 
 
 def two_gpu_cases(gpus: tuple[int, ...]) -> list[Case]:
-    # Peer-to-peer all-reduce needs links that not every host has.
-    tp = ("--tp-size", "2", "--disable-custom-all-reduce")
+    # Peer-to-peer and multicast all-reduce need links that not every host has.
+    tp = (
+        *("--tp-size", "2"),
+        "--disable-custom-all-reduce",
+        "--enforce-disable-flashinfer-allreduce-fusion",
+    )
     dp = (*tp, "--dp-size", "2", "--enable-dp-attention")
     return [
         Case(
@@ -251,6 +260,7 @@ class Run:
     sglang: str
     folder: Path
     quick: bool
+    gpus: tuple[int, ...]
     slots: threading.Semaphore = field(
         default_factory=lambda: threading.Semaphore(SIDE_BY_SIDE // 2)
     )
@@ -264,9 +274,9 @@ class Run:
         site = self.trees.patched if patched else self.trees.unpatched
         env = {**case.env, **(case.patched_env if patched else {})}
         name = f"{case.name}-{case.backend}-{'-'.join(case.scenarios)}"
-        spec = ServerSpec(
-            name, patched, site, self.model(case.model), case.args, env, case.gpus
-        )
+        gpus = case.gpus or self.gpus[:1]
+        model = self.model(case.model)
+        spec = ServerSpec(name, patched, site, model, case.args, env, gpus)
         return Server(spec, self.folder / "servers")
 
     def pair(self, case: Case, stack: ExitStack) -> list[Server]:
@@ -489,43 +499,41 @@ def run_profile(run: Run) -> dict[str, Any]:
     args = (*chunked(16384), "--max-prefill-tokens", "16384")
     env = {"STANDIN_COMPUTE": "none", "SGLANG_MAX_KV_CHUNK_CAPACITY": "2048"}
     result: dict[str, Any] = {}
-    for kind in ("deepseek_v3_wide", "deepseek_v3_tp8"):
-        vocab = 512
-        with ExitStack() as stack:
-            pairs = {}
+    vocab = 512
+    with ExitStack() as stack:
+        pairs = {}
+        for kind in ("deepseek_v3_wide", "deepseek_v3_tp8"):
             for name in (TOKENSPEED, TRTLLM):
-                case = Case(
-                    kind, name, backend(name) + args, ("profile",), model=kind, env=env
-                )
-                pairs[name] = [
+                what = (kind, name, backend(name) + args, ("profile",))
+                case = Case(*what, model=kind, env=env)
+                pairs[kind, name] = [
                     stack.enter_context(run.server(case, patched))
                     for patched in (False, True)
                 ]
-            servers = [server for pair in pairs.values() for server in pair]
-            for server in servers:
-                server.start()
-            for server in servers:
-                server.wait(420)
-            for name, pair in pairs.items():
-                layers = [
-                    profiles.profiles(server, vocab, sizes, prefixes) for server in pair
-                ]
-                repeats = 5 if run.quick else 20
-                first = {
-                    str(size): profiles.time_to_first_token(pair, vocab, size, repeats)
-                    for size in sizes
-                }
-                rate = profiles.throughput(pair, vocab, sizes[-1] // 4, 16, 5)
-                sides = ("unpatched", "patched")
-                result.setdefault(kind, {})[name] = {
-                    "layers": dict(zip(sides, layers)),
-                    "time_to_first_token": {
-                        size: dict(zip(sides, seconds))
-                        for size, seconds in first.items()
-                    },
-                    "throughput": dict(zip(sides, rate)),
-                    "throughput_prompt": sizes[-1] // 4,
-                }
+        servers = [server for pair in pairs.values() for server in pair]
+        for server in servers:
+            server.start()
+        for server in servers:
+            server.wait(420)
+        for (kind, name), pair in pairs.items():
+            layers = [
+                profiles.profiles(server, vocab, sizes, prefixes) for server in pair
+            ]
+            repeats = 5 if run.quick else 12
+            first = {
+                str(size): profiles.time_to_first_token(pair, vocab, size, repeats)
+                for size in sizes
+            }
+            rate = profiles.throughput(pair, vocab, sizes[-1] // 4, 16, 3)
+            sides = ("unpatched", "patched")
+            result.setdefault(kind, {})[name] = {
+                "layers": dict(zip(sides, layers)),
+                "time_to_first_token": {
+                    size: dict(zip(sides, seconds)) for size, seconds in first.items()
+                },
+                "throughput": dict(zip(sides, rate)),
+                "throughput_prompt": sizes[-1] // 4,
+            }
     return {"profile": result, "problems": profiles.problems(result)}
 
 
@@ -556,15 +564,16 @@ def merge(into: dict[str, Any], more: Mapping[str, Any]) -> None:
             into[key] = value
 
 
-def run_all(run: Run, sections: Sequence[str], gpus: tuple[int, ...]) -> dict[str, Any]:
+def run_all(run: Run, sections: Sequence[str]) -> dict[str, Any]:
     """Results by section."""
     questions = Questions.make(run.quick)
     references = References(run.model, questions)
     together: list[tuple[str, str, Callable[[], dict[str, Any]]]] = []
     cases = []
+    taken = zip(one_gpu_cases(), itertools.cycle(run.gpus))
     for section, of_section in (
-        ("compare", one_gpu_cases()),
-        ("parallel", two_gpu_cases(gpus)),
+        ("compare", [replace(case, gpus=(gpu,)) for case, gpu in taken]),
+        ("parallel", two_gpu_cases(run.gpus)),
     ):
         for case in of_section if section in sections else ():
             job = functools.partial(run_case, run, case, questions, references)
@@ -654,18 +663,21 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             f"needs GPU {args.gpus}; `make test` is what runs without", file=sys.stderr
         )
         return 2
-    sections = args.only or (SECTIONS[:-1] if len(gpus) == 1 else ("parallel",))
+    sections = args.only or [s for s in SECTIONS if s != "parallel" or len(gpus) > 1]
+    if "parallel" in sections and len(gpus) != 2:
+        parser.error("the section parallel needs two GPUs, as in --gpus 0,1")
     if args.trees:
-        trees, sglang = patched_sglang.Trees(*args.trees), str(args.trees[0])
+        trees = patched_sglang.Trees(*args.trees)
     else:
-        trees, sglang = patched_sglang.lay_out(args.sglang), args.sglang
+        trees = patched_sglang.lay_out(args.sglang)
+    sglang = open_target(str(trees.unpatched)).version
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "results.json"
     results = json.loads(file.read_text()) if file.is_file() else {}
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         folder = (args.work or Path(scratch)).resolve()
-        new = run_all(Run(trees, sglang, folder, args.quick), sections, gpus)
+        new = run_all(Run(trees, sglang, folder, args.quick, gpus), sections)
     # The sections that ran take the place of their last run; others stay.
     results |= new
     file.write_text(json.dumps(results, indent=1))

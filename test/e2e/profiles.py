@@ -55,13 +55,14 @@ def layers_of(events: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     than one other thread between them is no layer; such pairs are told by their
     outlying number of launches, see `per_layer`.
     """
-    complete = [e for e in events if e.get("ph") == "X"]
-    ranges = sorted(
-        (e for e in complete if e["name"].startswith(RANGE) and "kernel" != e["cat"]),
-        key=lambda e: e["ts"],
-    )
+    complete = [e for e in events if e.get("ph") == "X" and "cat" in e]
     # The profiler repeats ranges on the GPU's side; the host's are wanted.
-    ranges = [e for e in ranges if not e["cat"].startswith("gpu")]
+    ranges = [
+        e
+        for e in complete
+        if e["name"].startswith(RANGE) and not e["cat"].startswith("gpu")
+    ]
+    ranges.sort(key=lambda e: e["ts"])
     if not ranges:
         return []
     tid = ranges[0]["tid"]

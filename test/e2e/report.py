@@ -92,16 +92,21 @@ def _kernels(records: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
                 "/".join(call[f"{x}_dtype"] for x in "qkv"),
                 "yes" if call["contiguous"] else "no",
             )
-            total = totals.setdefault(key, [0, 0])
+            total = totals.setdefault(key, [0, 0, 0, 0])
             total[0] += call["count"]
             total[1] += call["tokens"]
-    for (kernel, kind, dtypes, contiguous), (count, tokens) in sorted(totals.items()):
+            total[2] += call["count"] * call.get("padded", False)
+            total[3] += call["count"] * call.get("requests_without_keys", False)
+    for key, (count, tokens, padded, empty) in sorted(totals.items()):
+        kernel, kind, dtypes, contiguous = key
         yield {
             "kernel": kernel,
             "kind": kind,
             "q/k/v": dtypes,
             "contiguous": contiguous,
             "calls": f"{count:,}",
+            "with padding": f"{padded:,}",
+            "with requests without keys": f"{empty:,}",
             "tokens": f"{tokens:,}",
         }
 
@@ -133,8 +138,10 @@ def _load(section: Mapping[str, Any]) -> str:
                     "backend": backend,
                     "side": side,
                     "requests": f"{storm['complete']} of {storm['requests']}",
-                    "aborted in prefill or queue": aborts["in_queue"]
-                    + aborts["once_started"],
+                    "aborted in queue / prefill / decode": " / ".join(
+                        str(aborts[fate])
+                        for fate in ("in_queue", "in_prefill", "in_decode")
+                    ),
                     "flushes": storm["flushes"]["at_lulls"],
                     "seconds": f"{storm['seconds']:.0f}",
                     "pool tokens held after": leaks["pool"]["used"],

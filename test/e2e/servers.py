@@ -114,13 +114,14 @@ class Answer:
         return answer
 
 
-_ports = itertools.count(20000 + 100 * random.randrange(200), 20)
+_ports = itertools.count(20000 + 100 * random.randrange(200), 50)
 
 
 def free_port() -> int:
     """A port nobody listens on, far from those that other servers here were given.
 
-    SGLang derives more from it, one of them 10000 above, and takes the next free ones.
+    SGLang derives more from it: 10000 above, and with data-parallel attention 233 to 245
+    above, which no multiple of 50 is.
     """
     for port in _ports:
         with socket.socket() as s:
@@ -333,7 +334,7 @@ class Server:
             return
         processes = self.processes()
         self.process.terminate()
-        psutil.wait_procs(processes, timeout=5)
+        psutil.wait_procs(processes, timeout=2)
         for process in processes:
             try:
                 process.kill()

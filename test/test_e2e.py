@@ -1,0 +1,322 @@
+"""The end-to-end suite's own parts that need no GPU: checkpoints, records, traces, the
+page. `test_e2e_compare.py` and `test_e2e_load.py` have the rest."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from e2e import __main__ as suite
+from e2e import compare, models, profiles, report
+from e2e.servers import Answer, Request, Server, ServerSpec
+from standin.kernels import CAUSAL, DECODE, PREFIX_CHUNK
+from transformers import AutoModelForCausalLM
+
+
+@pytest.fixture
+def server(tmp_path):
+    def make(patched=True, **env):
+        folder = tmp_path / ("patched" if patched else "unpatched")
+        spec = ServerSpec("a server", patched, folder, folder, env=env)
+        return Server(spec, folder)
+
+    return make
+
+
+class TestModels:
+    def test_same_weights_for_the_same_seed(self, tmp_path):
+        folders = [models.make_model("tiny", tmp_path / str(i)) for i in range(2)]
+        one, two = (
+            AutoModelForCausalLM.from_pretrained(f, dtype=torch.bfloat16).state_dict()
+            for f in folders
+        )
+        assert one.keys() == two.keys()
+        assert all(one[name].equal(two[name]) for name in one)
+        other = models.make_model("tiny", tmp_path / "other", seed=1)
+        other = AutoModelForCausalLM.from_pretrained(other, dtype=torch.bfloat16)
+        name = "model.layers.0.self_attn.kv_b_proj.weight"
+        assert not one[name].equal(other.state_dict()[name])
+
+    def test_logits_neither_flat_nor_one_hot(self, tmp_path):
+        folder = models.make_model("tiny", tmp_path / "tiny")
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            logits = model(torch.randint(0, 128, (1, 200))).logits
+        top = torch.softmax(logits, -1).amax(-1).mean()
+        assert 0.05 < top < 0.8
+
+    def test_scales_are_named_for_what_sglang_prefills_with(
+        self, tmp_path, monkeypatch
+    ):
+        monkeypatch.setitem(models.KINDS, "scaled", models.KINDS["tiny"])
+        folder = models.make_model("scaled", tmp_path / "scaled")
+        tensors = models.load_file(folder / "model.safetensors")
+        name = "model.layers.1.self_attn.attn_mha.v_scale"
+        assert tensors[name].item() == models.V_SCALE
+        config = json.loads((folder / "config.json").read_text())
+        from sglang.srt.layers.quantization.modelopt_quant import (
+            ModelOptFp8Config,
+            ModelOptFp8KVCacheMethod,
+        )
+        from sglang.srt.layers.radix_attention import RadixAttention
+
+        quantization = ModelOptFp8Config.from_config(config["quantization_config"])
+        prefix = "model.layers.1.self_attn.attn_mha"
+        attention = RadixAttention(2, 32, 1.0, 2, 1, quant_config=quantization)
+        assert isinstance(attention.quant_method, ModelOptFp8KVCacheMethod)
+        attention.k_scale.data.copy_(tensors[f"{prefix}.k_scale"])
+        attention.v_scale.data.copy_(tensors[f"{prefix}.v_scale"])
+        attention.quant_method.process_weights_after_loading(attention)
+        assert attention.k_scale_float == models.K_SCALE
+        assert quantization.is_layer_excluded("model.layers.1.self_attn.kv_b_proj")
+
+    def test_unknown_kind(self, tmp_path):
+        with pytest.raises(ValueError, match="deepseek_v3"):
+            models.make_model("v4", tmp_path)
+
+
+class TestAnswer:
+    def test_prompt_and_output(self):
+        request = Request([5, 6, 7], max_new_tokens=2, logprob_start=0)
+        meta = {
+            "finish_reason": {"type": "length"},
+            "cached_tokens": 0,
+            "input_token_logprobs": [[None, 5, None], [-1.5, 6, None], [-2.5, 7, None]],
+            "output_token_logprobs": [[-0.5, 8, None], [-0.25, 9, None]],
+        }
+        answer = Answer.read(request, {"meta_info": meta, "output_ids": [8, 9]}, 0.5)
+        assert answer.input_logprobs == [-1.5, -2.5]
+        assert answer.output_ids == [8, 9] and answer.output_logprobs == [-0.5, -0.25]
+
+    def test_no_new_tokens_are_dropped(self):
+        request = Request([5, 6])
+        assert request.body()["sampling_params"]["max_new_tokens"] == 1
+        body = {"meta_info": {"finish_reason": {"type": "length"}}, "output_ids": [3]}
+        assert Answer.read(request, body, 0.1).output_ids == []
+
+
+def call(**changes):
+    fp8 = "float8_e4m3fn"
+    return {
+        "kernel": "tokenspeed_mla_prefill",
+        **dict(q_dtype=fp8, k_dtype=fp8, v_dtype=fp8),
+        **dict(contiguous=True, causal=True, padded=False),
+        **dict(count=2, tokens=10),
+        **changes,
+    }
+
+
+def write_record(server, name, calls, nan=0, late=()):
+    record = {
+        "calls": calls,
+        "nan": {"q": 0, "k": 0, "v": 0, "out": nan},
+        "compiled": [],
+        "late_compiles": list(late),
+    }
+    (server.folder / f"record-{name}.json").write_text(json.dumps(record))
+    server.log.write_text("TRTLLMMLABackend: FP8 prefill preparation with the fused …")
+
+
+class TestRecord:
+    def test_processes_add_up(self, server):
+        server = server()
+        write_record(server, 1, [call(), call(causal=False)], nan=1)
+        write_record(server, 2, [call(count=3)], nan=2)
+        record = server.record()
+        assert [c["count"] for c in record["calls"]] == [5, 2]
+        assert record["nan"]["out"] == 3
+
+    def test_fine(self, server):
+        server = server()
+        write_record(server, 1, [call()])
+        assert suite.check_record(server)[1] == []
+
+    @pytest.mark.parametrize(
+        "record, says",
+        [
+            (dict(calls=[]), "no prefill kernel"),
+            (dict(calls=[call(), call(q_dtype="bfloat16")]), "bfloat16"),
+            (dict(calls=[call(contiguous=False)]), "'contiguous': False"),
+            (dict(calls=[call()], nan=1), "NaN in {'out': 1}"),
+            (dict(calls=[call()], late=[["bf16"]]), "compiled by a request"),
+        ],
+    )
+    def test_faults(self, server, record, says):
+        server = server()
+        write_record(server, 1, **record)
+        (problem,) = suite.check_record(server)[1]
+        assert says in problem
+
+    def test_who_says_that_the_hook_is_on(self, server):
+        unpatched, off = server(False), server(SGLANG_MLA_FP8_PREFILL="off")
+        for some in (unpatched, off):
+            write_record(some, 1, [call()])
+            assert "the log says" in suite.check_record(some)[1][0]
+            some.log.write_text("declined, SGLANG_MLA_FP8_PREFILL=off")
+            assert not suite.check_record(some)[1]
+        on = server()
+        write_record(on, 1, [call()])
+        on.log.write_text("")
+        assert "does not say" in suite.check_record(on)[1][0]
+
+
+def trace(steps):
+    """A profiler's trace of forward passes: each a list of range names and kernel
+    names in the order of the host's calls."""
+    events, clock, correlation = [], 0.0, 0
+
+    def add(cat, name, dur, **more):
+        event = dict(ph="X", cat=cat, name=name, ts=clock, dur=dur, tid=1, **more)
+        events.append(event)
+
+    def launch(name):
+        nonlocal clock, correlation
+        correlation += 1
+        args = dict(correlation=correlation)
+        add("cuda_runtime", "cudaLaunchKernel", 1.0, args=args)
+        # Kernels run later than they are launched, and on another line of the trace.
+        kernel = dict(ph="X", cat="kernel", name=name, ts=clock + 1e4, tid=7)
+        events.append({**kernel, "dur": 10.0 + len(name), "args": args})
+        clock += 2
+
+    for step in steps:
+        for name in step:
+            if name.startswith("standin"):
+                add("user_annotation", name, 9.0)
+                add("gpu_user_annotation", name, 99.0)
+                clock += 1
+                launch("attention inside")
+                launch("attention inside")
+                clock += 10
+            else:
+                launch(name)
+    events.append(dict(ph="i", name="no category"))
+    return events
+
+
+class TestProfiles:
+    LAYER = ["nvjet_tst", "rope", "fp8_cast", "RMSNormKernel"]
+
+    def steps(self, layer):
+        one_pass = ["embedding"] + [*layer, CAUSAL] * 4 + ["nvjet_head", "sample"]
+        return trace([one_pass, one_pass])
+
+    def test_usual_layer(self):
+        found = profiles.per_layer(profiles.layers_of(self.steps(self.LAYER)))
+        assert found["layers"] == 6 and found["launches"] == 4
+        assert found["preparation_launches"] == 2
+        assert found["preparation_us"] == 10 + 4 + 10 + 8
+        assert found["preparation_kernels"] == {"rope": 1, "fp8_cast": 1}
+        assert found["launches_by_part"]["projections"] == 1
+        assert found["us"] == 40 + sum(map(len, self.LAYER))
+
+    def test_prefix_chunks_belong_to_their_layer(self):
+        layer = [*self.LAYER, CAUSAL, "gather", PREFIX_CHUNK, "merge"]
+        events = trace([layer * 3, ["nvjet", DECODE]])
+        found = profiles.per_layer(profiles.layers_of(events))
+        assert found["layers"] == 2 and found["launches"] == 6
+
+    def test_no_attention(self):
+        assert profiles.layers_of(trace([["rope"]])) == []
+        with pytest.raises(ValueError, match="no two causal"):
+            profiles.per_layer([])
+
+    def test_problems(self):
+        unpatched = profiles.per_layer(profiles.layers_of(self.steps(self.LAYER)))
+        layer = ["nvjet_tst", "_mla_prefill_quantize_fp8_kernel", "RMSNormKernel"]
+        patched = profiles.per_layer(profiles.layers_of(self.steps(layer)))
+
+        def problems(patched):
+            sides = dict(unpatched={"64": unpatched}, patched={"64": patched})
+            return profiles.problems({"m": {"b": {"layers": sides}}})
+
+        assert problems(patched) == []
+        assert len(problems(unpatched)) == 2
+
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs/e2e/results.json"
+
+
+class TestReport:
+    def test_committed_page_is_that_of_the_committed_results(self):
+        results = json.loads(RESULTS.read_text())
+        page = (RESULTS.parent / "README.md").read_text()
+        assert report.markdown(results) == page and "Not complete" not in page
+
+    def test_committed_results_are_ok(self):
+        results = json.loads(RESULTS.read_text())
+        assert set(results) == set(suite.SECTIONS)
+        for section in results.values():
+            assert not section["problems"] and not suite.failures(section)
+
+    def test_a_section_that_broke_off_is_named(self):
+        section = dict(
+            machine=dict(
+                gpu="G", gpus=1, torch="t", triton="t", sglang="s", quick=True
+            ),
+            problems=["profile: it broke"],
+        )
+        page = report.markdown({"profile": section})
+        assert "Not complete" in page and "it broke" in page and "--quick" in page
+
+
+class TestSuite:
+    def test_pooled_by_model(self, monkeypatch):
+        """One comparison for each model, of all that its servers were asked."""
+        values = [-1.0, -2.0, -3.0]
+        answer = dict(
+            group="g",
+            start=0,
+            length=4,
+            logprobs=values,
+            output_ids=[],
+            output_logprobs=[],
+            cached_tokens=0,
+            seconds=0.0,
+        )
+        result = {
+            "scenario": "single",
+            "answers": {f"prompt {i}": {**answer, "group": str(i)} for i in range(9)},
+            "problems": [],
+        }
+
+        class References:
+            """Stands in for transformers' answers, which the servers' equal here."""
+
+            def get(self, kind, dtype):
+                return None, {
+                    f"prompt {i}": [x + 0.1 for x in values] for i in range(9)
+                }
+
+        runs = {
+            f"tokenspeed_mla, {case}: single": dict(patched=result, unpatched=result)
+            for case in ("chunked prefill off", "chunked prefill 512")
+        }
+        found = suite.pool_answers(References(), "deepseek_v3", runs)
+        assert found["ok"] and found["prompts"] == 18 and found["independent"] == 9
+        assert found["patched_distance"] == pytest.approx(0.1)
+
+    def test_merge_adds_up_what_jobs_return(self):
+        results = {"problems": [], "comparisons": []}
+        suite.merge(results, {"problems": ["a"], "load": {"x": {"n": 1}}})
+        suite.merge(results, {"problems": ["b"], "load": {"y": {"n": 2}}})
+        assert results["problems"] == ["a", "b"]
+        assert results["load"] == {"x": {"n": 1}, "y": {"n": 2}}
+
+    def test_failures(self):
+        base = compare._comparison("distance", "single", "b")
+        undecided = base | {"verdict": "undecided", "reason": "few prompts"}
+        assert suite.failures({"comparisons": [undecided]}) == []
+        assert suite.failures({"comparisons": [], "pooled": [undecided]})
+
+    def test_every_case_has_a_name_of_its_own(self):
+        cases = suite.one_gpu_cases() + suite.two_gpu_cases((0, 1))
+        names = [(case.name, case.backend) for case in cases]
+        assert len(set(names)) == len(names)
+        assert {case.backend for case in cases} == {suite.TOKENSPEED, suite.TRTLLM}
+        assert {case.model for case in cases} <= set(models.KINDS)
+
+    def test_without_a_gpu(self, monkeypatch, capsys):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert suite.main([]) == 2
+        assert "needs GPU 0" in capsys.readouterr().err

@@ -308,7 +308,19 @@ def test_decode(name, queries):
         wanted, _ = naive_attention(query[i], rows, rows[..., :LORA], 0.05, True)
         actual = out[i].cpu().double()
         torch.testing.assert_close(actual, 2 * wanted, rtol=8e-3, atol=1e-5)
-    assert recorded()["calls"][0]["tokens"] == 3
+    record = recorded()
+    assert record["calls"][0]["tokens"] == 3
+    # The request without keys is padding.
+    assert not any(record["nan"].values())
+
+
+@DECODES
+def test_decode_counts_nan(name):
+    query, cache, tables, lens = decode_inputs()
+    cache[8, 0, 5, 7] = math.nan
+    decode(name, query, cache, tables, lens)
+    # All of a request that sees it: two queries of four heads.
+    assert recorded()["nan"] == {"q": 0, "k": 0, "v": 0, "out": 2 * 4 * LORA}
 
 
 @DECODES

@@ -531,11 +531,15 @@ def _decode(
     if longest > max_seq_len or longest > block_tables.shape[1] * cache.shape[1]:
         what = f"max_seq_len {max_seq_len} and {block_tables.shape[1]} pages"
         _refuse(kernel, f"a request of {longest} tokens with {what}")
-    RECORD.count_nan(q=query)
     out = paged_attention(
         query, cache, block_tables, lens, kv_lora_rank, scale, SETTINGS.dtype
     )
-    RECORD.count_nan(out=out)
+    # Rows of requests; those of padding have no keys and hold anything.
+    real = [i for i, length in enumerate(lens) if length > 0]
+    if len(real) == len(lens):
+        RECORD.count_nan(q=query, out=out)
+    elif real:
+        RECORD.count_nan(q=query[real], out=out[real])
     return (out * out_scale).to(torch.bfloat16)
 
 

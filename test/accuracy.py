@@ -599,17 +599,18 @@ def worse(results: dict) -> list[str]:
 
 
 def server_comparisons(path: Optional[Path]) -> Optional[list[dict]]:
-    """The end-to-end run's log-probability distances, or None where there are none.
+    """The end-to-end run's log-probability distances, all scenarios of a model
+    together, or None where there are none.
 
-    What this report knows of that file's form is here: a list `comparisons` of objects
-    with scenario, backend, patched_distance, unpatched_distance, difference_ci,
-    prompts and tokens.
+    What this report knows of that file's form is here: in the section `compare`, a list
+    `pooled` of objects with scenario, backend, patched_distance, unpatched_distance,
+    difference_ci, prompts and tokens.
     """
     if path is None or not path.is_file():
         return None
     names = ("scenario", "backend", "patched_distance", "unpatched_distance")
     names += ("difference_ci", "prompts", "tokens")
-    rows = json.loads(path.read_text()).get("comparisons") or []
+    rows = json.loads(path.read_text()).get("compare", {}).get("pooled") or []
     for row in rows:
         missing = [name for name in names if name not in row]
         if missing:
@@ -736,7 +737,8 @@ def server_section(comparisons: Optional[list[dict]]) -> str:
     return (
         "Distance of the servers' prompt log-probabilities from those of transformers' "
         "own BF16 forward, of the same checkpoint and prompts, as the end-to-end run "
-        "measured it. A difference below zero: the patched server is the nearer one. "
+        "measured it; each scenario alone, and what the columns mean, is on [its page]"
+        "(e2e/README.md). A difference below zero: the patched server is the nearer one. "
         f"Of {len(comparisons)} comparisons the whole interval is above zero in "
         f"{above}.\n\n{table(header, rows)}"
     )

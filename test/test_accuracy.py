@@ -283,7 +283,6 @@ class TestRun:
         assert cast["elements"] > 10**5 and cast["differ"] == 0
 
     def test_another_path_than_meant_is_an_error(self):
-        generator = torch.Generator().manual_seed(0)
         shape = Shape(2, 16, 16, 16, 32, False, 1.0, torch.ones(4, 16))
         (x,) = accuracy.synthetic(shape, Settings(lens=(4,)))[0].layers
         layer = accuracy.Layer(shape, [4], FP8)
@@ -397,7 +396,7 @@ class TestReport:
             tokens=41000,
             more="ignored",
         )
-        e2e.write_text(json.dumps(dict(comparisons=[comparison])))
+        e2e.write_text(json.dumps(dict(compare=dict(pooled=[comparison]))))
         arguments = ["--render-only", "--out", str(out), "--e2e", str(e2e)]
         assert accuracy.main(arguments) == 0
         text = (tmp_path / "accuracy.md").read_text()
@@ -412,7 +411,7 @@ class TestReport:
         assert accuracy.server_comparisons(path) is None
         path.write_text("{}")
         assert accuracy.server_comparisons(path) is None
-        path.write_text(json.dumps(dict(comparisons=[dict(scenario="x")])))
+        path.write_text(json.dumps(dict(compare=dict(pooled=[dict(scenario="x")]))))
         with pytest.raises(ValueError, match="no backend, patched_distance"):
             accuracy.server_comparisons(path)
 

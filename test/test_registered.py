@@ -250,11 +250,14 @@ def runs(standin, tmp_path_factory):
     work = write_tree(
         tmp_path_factory.mktemp("runs"), {"standin/launch_server.py": SERVER}
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    ports = {}
+    for producer in ("fused", "off"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports[producer] = free.getsockname()[1]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(standin, "DEFAULT_URL_FOR_TEST", url)
+        patched.setattr(standin, "HOST", "127.0.0.1")
+        patched.setattr(standin, "PORTS", ports)
         patched.setattr(standin, "TEST", work)
         yield tuple(
             standin.run_server(
@@ -262,8 +265,9 @@ def runs(standin, tmp_path_factory):
             )
             for producer in ("fused", "off")
         )
-        with pytest.raises(requests.ConnectionError):
-            requests.get(url, timeout=10)
+        for port in ports.values():
+            with pytest.raises(requests.ConnectionError):
+                requests.get(f"http://127.0.0.1:{port}", timeout=10)
 
 
 def failures(standin, on, off) -> set[str]:

@@ -225,23 +225,19 @@ def throughput(
     return rates
 
 
-def problems(results: dict[str, Any]) -> list[str]:
+def problems(where: str, layers: dict[str, dict[str, Any]]) -> list[str]:
     """Where a patched server does not launch less, or not the kernel of this project.
 
-    `results` is {model: {backend: {"layers": {"unpatched": …, "patched": …}}}}.
+    `layers` is {"unpatched": …, "patched": …} of what `profiles` returned.
     """
     found = []
-    for model, backends in results.items():
-        for backend, result in backends.items():
-            unpatched, patched = (
-                result["layers"][side] for side in ("unpatched", "patched")
+    for size, patched in layers["patched"].items():
+        kernels = patched["preparation_kernels"]
+        if not any("mla_prefill_quantize" in name for name in kernels):
+            found.append(
+                f"{where}, {size} tokens: mla_prefill_quantize_fp8 was not launched"
             )
-            for size in patched:
-                where = f"{model}, {backend}, {size} tokens"
-                kernels = patched[size]["preparation_kernels"]
-                if not any("mla_prefill_quantize" in name for name in kernels):
-                    found.append(f"{where}: mla_prefill_quantize_fp8 was not launched")
-                a, b = patched[size]["launches"], unpatched[size]["launches"]
-                if a >= b:
-                    found.append(f"{where}: {a} launches a layer, unpatched {b}")
+        a, b = patched["launches"], layers["unpatched"][size]["launches"]
+        if a >= b:
+            found.append(f"{where}, {size} tokens: {a} launches a layer, unpatched {b}")
     return found

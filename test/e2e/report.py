@@ -89,7 +89,7 @@ def _kernels(records: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
             key = (
                 call["kernel"],
                 kind[call.get("causal")],
-                "/".join(call[f"{x}_dtype"] for x in "qkv"),
+                ", ".join(sorted({call[f"{x}_dtype"] for x in "qkv"})),
                 "yes" if call["contiguous"] else "no",
             )
             total = totals.setdefault(key, [0, 0, 0, 0])
@@ -112,7 +112,7 @@ def _kernels(records: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
 
 
 def _comparisons(section: Mapping[str, Any]) -> str:
-    text = table(compare.rows(section["comparisons"] + section["pooled"]))
+    text = table(compare.rows(section["comparisons"] + section.get("pooled", [])))
     nan = sum(
         n
         for sides in section["records"].values()
@@ -163,10 +163,10 @@ def _load(section: Mapping[str, Any]) -> str:
 def _kill(section: Mapping[str, Any]) -> str:
     r = section["kill"]
     return (
-        f"SIGKILL to {r['killed']} with {r['failed_by_kill']} requests in flight: down "
-        f"after {r['seconds_until_down']:.1f} s, {r['gpu_memory_freed'] / 2**20:.0f} MiB "
-        f"of GPU memory freed, a fresh server gives {r['equal_after_restart']} of "
-        f"{r['compared']} answers bit for bit as before.\n"
+        f"SIGKILL to {r['killed']} with {r['failed_by_kill']} requests in flight: the "
+        f"server is down after {r['seconds_until_down']:.1f} s, nothing of it is left on "
+        f"the GPU, and a fresh one gives {r['equal_after_restart']} of {r['compared']} "
+        "answers bit for bit as before.\n"
     )
 
 
@@ -288,8 +288,11 @@ def markdown(results: Mapping[str, Any]) -> str:
             parts.append(write(section))
         except (KeyError, TypeError, ZeroDivisionError) as e:
             parts.append(f"Not complete: {type(e).__name__} {e}.\n")
-        if section["problems"]:
-            parts += ["\nProblems:\n\n", *(f"- {p}\n" for p in section["problems"])]
+        problems = section["problems"] + [
+            f"{label}: not done" for label in section.get("waiting", [])
+        ]
+        if problems:
+            parts += ["\nProblems:\n\n", *(f"- {p}\n" for p in problems)]
     return "".join(parts)
 
 

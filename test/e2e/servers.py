@@ -132,6 +132,16 @@ def free_port() -> int:
                 continue
 
 
+# Servers that were started and not stopped.
+_running: set["Server"] = set()
+
+
+def kill_all() -> None:
+    """SIGKILL to every process of every server here."""
+    for server in list(_running):
+        server.kill()
+
+
 class Server:
     """A server process. `folder` takes its log and the stand-ins' records."""
 
@@ -187,6 +197,7 @@ class Server:
                 cwd=self.folder,
                 start_new_session=True,
             )
+        _running.add(self)
 
     def _tail(self, characters: int = 3000) -> str:
         return self.log.read_text(errors="replace")[-characters:]
@@ -341,3 +352,4 @@ class Server:
             except psutil.NoSuchProcess:
                 continue
         self.process.wait(timeout=30)
+        _running.discard(self)

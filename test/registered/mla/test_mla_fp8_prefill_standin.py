@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import unittest
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,8 +39,12 @@ LENS = (5, 64, 700, 3000)
 # Below the longest prompt, whose later chunks then have a prefix.
 CHUNK = 1024
 # Of the mean distance between the log-probabilities of a prompt, in standard deviations
-# of the latter from token to token.
-TOLERANCE = 0.05
+# of the latter from token to token. Two roundings against one make 0.03 to 0.05 on
+# average; an error in what is rounded makes 1.
+TOLERANCE = 0.1
+# The two servers run side by side.
+HOST, PORT = DEFAULT_URL_FOR_TEST.removeprefix("http://").split(":")
+PORTS = {"fused": int(PORT), "off": int(PORT) + 500}
 
 
 class Run(NamedTuple):
@@ -51,9 +56,9 @@ class Run(NamedTuple):
     log: str
 
 
-def generate(prompts: list[list[int]], logprob_start_len: int) -> list[dict]:
+def generate(url: str, prompts: list[list[int]], logprob_start_len: int) -> list[dict]:
     response = requests.post(
-        f"{DEFAULT_URL_FOR_TEST}/generate",
+        f"{url}/generate",
         json={
             "input_ids": prompts,
             "sampling_params": {
@@ -76,12 +81,11 @@ def input_logprobs(answer: dict) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def wait_until_healthy(process: subprocess.Popen, log: Path) -> None:
+def wait_until_healthy(url: str, process: subprocess.Popen, log: Path) -> None:
     deadline = time.monotonic() + DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH
     while process.poll() is None and time.monotonic() < deadline:
         try:
-            url = f"{DEFAULT_URL_FOR_TEST}/health_generate"
-            if requests.get(url, timeout=30).status_code == 200:
+            if requests.get(f"{url}/health_generate", timeout=30).status_code == 200:
                 return
         except requests.RequestException:
             pass
@@ -93,10 +97,10 @@ def wait_until_healthy(process: subprocess.Popen, log: Path) -> None:
 def run_server(model: Path, attention_backend: str, producer: str, folder: Path) -> Run:
     folder.mkdir()
     log = folder / "log.txt"
-    _, host, port = DEFAULT_URL_FOR_TEST.split(":")
+    url = f"http://{HOST}:{PORTS[producer]}"
     command = [sys.executable, "-m", "standin.launch_server"]
     command += ["--model-path", str(model), "--skip-tokenizer-init"]
-    command += ["--host", host.lstrip("/"), "--port", port]
+    command += ["--host", HOST, "--port", str(PORTS[producer])]
     command += ["--attention-backend", attention_backend]
     command += ["--kv-cache-dtype", "fp8_e4m3", "--page-size", "64"]
     command += ["--chunked-prefill-size", str(CHUNK), "--max-total-tokens", "65536"]
@@ -117,13 +121,13 @@ def run_server(model: Path, attention_backend: str, producer: str, folder: Path)
             stderr=subprocess.STDOUT,
         )
     try:
-        wait_until_healthy(process, log)
+        wait_until_healthy(url, process, log)
         rng = random.Random(0)
         prompts = [[rng.randrange(VOCAB) for _ in range(n)] for n in LENS]
-        answers = generate(prompts, logprob_start_len=0)
+        answers = generate(url, prompts, logprob_start_len=0)
         longest = prompts[-1]
         tail = [rng.randrange(VOCAB) for _ in range(300)]
-        (hit,) = generate([longest + tail], logprob_start_len=len(longest))
+        (hit,) = generate(url, [longest + tail], logprob_start_len=len(longest))
     finally:
         kill_process_tree(process.pid, wait_timeout=60)
     logprobs = {
@@ -151,10 +155,13 @@ class HookOnAgainstOff:
         with tempfile.TemporaryDirectory() as work:
             model = Path(work, "model")
             make_model("deepseek_v3", model)
-            cls.on, cls.off = (
-                run_server(model, cls.attention_backend, producer, Path(work, producer))
-                for producer in ("fused", "off")
-            )
+
+            def run(producer: str) -> Run:
+                folder = Path(work, producer)
+                return run_server(model, cls.attention_backend, producer, folder)
+
+            with ThreadPoolExecutor() as pool:
+                cls.on, cls.off = pool.map(run, ("fused", "off"))
 
     def test_log_says_which_path_it_is(self):
         what = "FP8 prefill preparation"

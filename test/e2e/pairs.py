@@ -1,0 +1,423 @@
+"""Pairs of servers, patched and unpatched, that are asked the same and compared."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import patched_sglang
+import torch
+from e2e import compare
+from e2e.models import VOCAB, make_model
+from e2e.reference import Reference
+from e2e.servers import Server, ServerSpec
+
+TOKENSPEED, TRTLLM = "tokenspeed_mla", "trtllm_mla"
+# Servers that run side by side, each with three processes and a few GB of memory.
+SIDE_BY_SIDE = max(2, 3 * (os.cpu_count() or 1) // 4)
+# SGLang merges prefix chunks by natural log-sum-exps, trtllm-gen returns base-2 ones;
+# natural ones here let errors show that wrong weights would hide.
+NATURAL = {"STANDIN_LSE": "natural"}
+
+
+def backend(name: str) -> tuple[str, ...]:
+    return ("--attention-backend", name)
+
+
+def chunked(tokens: int) -> tuple[str, ...]:
+    return ("--chunked-prefill-size", str(tokens))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pair of servers, and what they are asked."""
+
+    name: str
+    backend: str
+    args: tuple[str, ...]
+    scenarios: tuple[str, ...] = ("single", "concurrent", "prefix hits", "greedy")
+    model: str = "deepseek_v3"
+    env: Mapping[str, str] = field(default_factory=dict)
+    patched_env: Mapping[str, str] = field(default_factory=dict)
+    # None: the first that the run may use.
+    gpus: Optional[tuple[int, ...]] = None
+    seeds: int = 1
+    # Data-parallel ranks have a prefix cache each.
+    hits: bool = True
+    ceiling: float = compare.CEILING
+
+
+def one_gpu_cases() -> list[Case]:
+    prefix_chunks = {"SGLANG_MAX_KV_CHUNK_CAPACITY": "8192"}
+    return [
+        Case(
+            "chunked prefill off",
+            TOKENSPEED,
+            backend(TOKENSPEED) + chunked(-1),
+            seeds=3,
+        ),
+        Case("chunked prefill off", TRTLLM, backend(TRTLLM) + chunked(-1), env=NATURAL),
+        Case(
+            "chunked prefill 2048",
+            TOKENSPEED,
+            backend(TOKENSPEED) + chunked(2048),
+            env=prefix_chunks,
+        ),
+        Case(
+            "chunked prefill 2048",
+            TRTLLM,
+            backend(TRTLLM) + chunked(2048),
+            env={**prefix_chunks, **NATURAL},
+        ),
+        Case(
+            "chunked prefill 512",
+            TOKENSPEED,
+            backend(TOKENSPEED) + chunked(512),
+            env=prefix_chunks,
+        ),
+        Case(
+            "chunked prefill 2048, base-2 LSE",
+            TRTLLM,
+            backend(TRTLLM) + chunked(2048),
+            env=prefix_chunks,
+            scenarios=("prefix hits",),
+            ceiling=float("inf"),
+        ),
+        Case(
+            "decode by tokenspeed_mla",
+            TRTLLM,
+            (
+                *("--prefill-attention-backend", TRTLLM),
+                *("--decode-attention-backend", TOKENSPEED),
+                *chunked(512),
+            ),
+            env=NATURAL,
+        ),
+        Case(
+            "decode by trtllm_mla",
+            TOKENSPEED,
+            (
+                *("--prefill-attention-backend", TOKENSPEED),
+                *("--decode-attention-backend", TRTLLM),
+                *chunked(2048),
+            ),
+        ),
+        *(
+            Case(
+                "hook off",
+                name,
+                backend(name) + chunked(512),
+                env=NATURAL,
+                patched_env={"SGLANG_MLA_FP8_PREFILL": "off"},
+                scenarios=("off",),
+            )
+            for name in (TOKENSPEED, TRTLLM)
+        ),
+        Case(
+            "composed producer",
+            TRTLLM,
+            backend(TRTLLM) + chunked(2048),
+            env=NATURAL,
+            patched_env={"SGLANG_MLA_FP8_PREFILL": "composed"},
+        ),
+        Case(
+            "K and V scales",
+            TRTLLM,
+            backend(TRTLLM) + chunked(2048),
+            model="scaled",
+            env=NATURAL,
+        ),
+        Case(
+            "V2-Lite", TOKENSPEED, backend(TOKENSPEED) + chunked(2048), model="v2_lite"
+        ),
+        Case(
+            "GLM, 20 heads",
+            TRTLLM,
+            backend(TRTLLM) + chunked(2048),
+            model="glm",
+            env={**NATURAL, "STANDIN_ANY_HEAD_DIM": "1"},
+        ),
+    ]
+
+
+def two_gpu_cases(gpus: tuple[int, ...]) -> list[Case]:
+    # Peer-to-peer and multicast all-reduce need links that not every host has.
+    tp = (
+        *("--tp-size", "2"),
+        "--disable-custom-all-reduce",
+        "--enforce-disable-flashinfer-allreduce-fusion",
+    )
+    dp = (*tp, "--dp-size", "2", "--enable-dp-attention")
+    return [
+        Case(
+            name,
+            b,
+            (*backend(b), *chunked(2048), *args),
+            env=NATURAL,
+            gpus=gpus,
+            hits=hits,
+        )
+        for name, args, hits in (
+            ("tensor parallel 2", tp, True),
+            ("data-parallel attention 2", dp, False),
+        )
+        for b in (TOKENSPEED, TRTLLM)
+    ]
+
+
+@dataclass
+class Questions:
+    """What all pairs are asked, and transformers' answers to it."""
+
+    families: list[compare.Family]
+    singles: list[compare.Prompt]
+    mixed: list[compare.Prompt]
+    more: list[compare.Prompt]  # for cases with more than one seed
+
+    @classmethod
+    def make(cls, quick: bool) -> "Questions":
+        lengths, prefixes = compare.LENGTHS, compare.PREFIXES
+        if quick:
+            lengths = tuple(n for n in lengths if n <= 2049)
+            prefixes = (64, 100, 200, 512, 700, 1000, 1500, 2048)
+        return cls(
+            families=compare.shared_prefix(1, VOCAB, prefixes),
+            singles=compare.prompts(1, VOCAB, lengths),
+            mixed=compare.mixed(1, VOCAB, 64),
+            more=[
+                *compare.mixed(2, VOCAB, 128),
+                *compare.mixed(3, VOCAB, 128),
+            ],
+        )
+
+    def prompts(self) -> list[compare.Prompt]:
+        members = [prompt for family in self.families for prompt in family.prompts]
+        return [*self.singles, *self.mixed, *self.more, *members]
+
+
+class References:
+    """transformers' answers, one model at a time, while the servers come up."""
+
+    def __init__(self, models: Callable[[str], Path], questions: Questions):
+        self.models, self.questions = models, questions
+        self._known: dict[tuple[str, torch.dtype], tuple] = {}
+        self._lock = threading.Lock()
+
+    def get(self, kind: str, dtype: torch.dtype):
+        """(the reference, its log-probabilities by prompt name)"""
+        # The scaled checkpoint has the plain one's weights.
+        kind = "deepseek_v3" if kind == "scaled" else kind
+        with self._lock:
+            if (kind, dtype) not in self._known:
+                reference = Reference(self.models(kind), "cuda", dtype)
+                expected = compare.expected(reference, self.questions.prompts())
+                self._known[kind, dtype] = (reference, expected)
+            return self._known[kind, dtype]
+
+    def prefetch(self, cases: Sequence[Case]) -> None:
+        for case in cases:
+            self.get(case.model, torch.bfloat16)
+            if case.seeds > 1:
+                self.get(case.model, torch.float32)
+
+    def scores(self, kind: str, result: compare.Result):
+        reference, _ = self.get(kind, torch.bfloat16)
+        with self._lock:
+            return compare.scores(reference, result, self.questions.mixed)
+
+
+@dataclass
+class Run:
+    """One run of the suite."""
+
+    trees: patched_sglang.Trees
+    sglang: str
+    folder: Path
+    quick: bool
+    gpus: tuple[int, ...]
+    slots: threading.Semaphore = field(
+        default_factory=lambda: threading.Semaphore(SIDE_BY_SIDE // 2)
+    )
+    _models: threading.Lock = field(default_factory=threading.Lock)
+
+    def model(self, kind: str) -> Path:
+        with self._models:
+            return make_model(kind, self.folder / "models" / kind)
+
+    def server(self, case: Case, patched: bool) -> Server:
+        site = self.trees.patched if patched else self.trees.unpatched
+        env = {**case.env, **(case.patched_env if patched else {})}
+        name = f"{case.name}-{case.backend}-{'-'.join(case.scenarios)}"
+        gpus = case.gpus or self.gpus[:1]
+        model = self.model(case.model)
+        spec = ServerSpec(name, patched, site, model, case.args, env, gpus)
+        return Server(spec, self.folder / "servers")
+
+    def pair(self, case: Case, stack: ExitStack) -> list[Server]:
+        """The unpatched and the patched server of a case, up."""
+        servers = [stack.enter_context(self.server(case, p)) for p in (False, True)]
+        for server in servers:
+            server.start()
+        for server in servers:
+            server.wait(420)
+        return servers
+
+
+def side_by_side(*calls: Callable[[], Any]) -> list[Any]:
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
+
+
+def check_record(server: Server) -> tuple[dict[str, Any], list[str]]:
+    """What the stand-ins were handed, and what is wrong with it."""
+    record = server.record()
+    name = f"{server.spec.name}, {'patched' if server.spec.patched else 'unpatched'}"
+    problems = []
+    prefills = [call for call in record["calls"] if "causal" in call]
+    if not prefills:
+        problems.append(f"{name}: no prefill kernel was called")
+    for call in record["calls"]:
+        dtypes = {call[f"{x}_dtype"] for x in "qkv"}
+        if dtypes != {"float8_e4m3fn"} or not call["contiguous"]:
+            problems.append(f"{name}: a kernel was handed {call}")
+    nan = {kind: n for kind, n in record["nan"].items() if n}
+    if nan:
+        problems.append(f"{name}: NaN in {nan}")
+    hook_on = server.spec.env.get("SGLANG_MLA_FP8_PREFILL") != "off"
+    if server.spec.patched and record["late_compiles"]:
+        problems.append(f"{name}: compiled by a request: {record['late_compiles']}")
+    said = "FP8 prefill preparation with the" in server.log.read_text(errors="replace")
+    if said != (server.spec.patched and hook_on):
+        problems.append(f"{name}: the log {'says' if said else 'does not say'} FP8 on")
+    return record, problems
+
+
+def run_case(run: Run, case: Case, questions: Questions, references: References):
+    """A case's comparisons, records and problems."""
+    with run.slots, ExitStack() as stack:
+        started = time.monotonic()
+        unpatched, patched = servers = run.pair(case, stack)
+        up = time.monotonic()
+        more = questions.more if case.seeds > 1 and not run.quick else []
+
+        def ask(server: Server) -> dict[str, compare.Result]:
+            answers = {}
+            if "off" in case.scenarios:
+                answers["off"] = compare.single(server, questions.singles)
+            if "single" in case.scenarios:
+                answers["single"] = compare.single(server, questions.singles)
+            if "concurrent" in case.scenarios:
+                mixed = questions.mixed + more
+                answers["concurrent"] = compare.concurrent(server, mixed)
+                if case.seeds > 1:
+                    answers["alone"] = compare.single(server, questions.mixed)
+            if "prefix hits" in case.scenarios:
+                answers["prefix hits"] = compare.prefix_hits(
+                    server, questions.families, hits=case.hits
+                )
+            if "greedy" in case.scenarios:
+                answers["greedy"] = compare.greedy(server, questions.mixed)
+            return answers
+
+        u, p = side_by_side(lambda: ask(unpatched), lambda: ask(patched))
+        records = {}
+        problems: list[str] = []
+        for server in servers:
+            record, wrong = check_record(server)
+            records["patched" if server.spec.patched else "unpatched"] = record
+            problems += wrong
+        driven = time.monotonic()
+    comparisons = []
+    answers: dict[str, dict[str, compare.Result]] = {}
+    common = dict(backend=case.backend)
+    for name in p:
+        title = f"{case.name}: {name}"
+        if name == "off":
+            comparisons.append(
+                compare.compare_off(p[name], u[name], scenario=case.name, **common)
+            )
+        elif name == "greedy":
+            comparisons.append(
+                compare.compare_greedy(
+                    p[name],
+                    u[name],
+                    references.scores(case.model, p[name]),
+                    references.scores(case.model, u[name]),
+                    scenario=title,
+                    **common,
+                )
+            )
+        elif name == "alone":
+            mixed = {prompt.name for prompt in questions.mixed}
+
+            def only(result: compare.Result) -> compare.Result:
+                kept = {k: v for k, v in result["answers"].items() if k in mixed}
+                return {**result, "answers": kept}
+
+            comparisons.append(
+                compare.compare_consistency(
+                    p["alone"],
+                    only(p["concurrent"]),
+                    u["alone"],
+                    only(u["concurrent"]),
+                    scenario=f"{case.name}: alone against 64 at once",
+                    **common,
+                )
+            )
+        else:
+            dtypes = [(torch.bfloat16, "bfloat16")]
+            if case.seeds > 1:
+                dtypes.append((torch.float32, "float32"))
+            for dtype, against in dtypes:
+                expected = references.get(case.model, dtype)[1]
+                comparisons.append(
+                    compare.compare(
+                        p[name],
+                        u[name],
+                        expected,
+                        scenario=title,
+                        against=against,
+                        ceiling=case.ceiling,
+                        **common,
+                    )
+                )
+            if case.ceiling == compare.CEILING:
+                answers[f"{case.backend}, {title}"] = dict(
+                    patched=p[name], unpatched=u[name]
+                )
+    return {
+        "comparisons": comparisons,
+        "answers": {case.model: answers},
+        "records": {f"{case.name}, {case.backend}": records},
+        "problems": problems,
+        "seconds": {
+            f"{case.name}, {case.backend}": {
+                "up": round(up - started, 1),
+                "driven": round(driven - up, 1),
+            }
+        },
+    }
+
+
+def pool_answers(
+    references: References, model: str, answers: Mapping[str, Any]
+) -> compare.Comparison:
+    """One comparison of everything that servers of one model were asked."""
+    expected = references.get(model, torch.bfloat16)[1]
+    sides = {}
+    for side in ("patched", "unpatched"):
+        sides[side] = compare.pooled({run: x[side] for run, x in answers.items()})
+    names = sides["patched"]["answers"]
+    return compare.compare(
+        **sides,
+        reference={name: expected[name.split(": ", 2)[2]] for name in names},
+        backend="all",
+        scenario=f"{model}: everything above",
+    )

@@ -56,6 +56,10 @@ class TestModels:
         monkeypatch.setitem(models.KINDS, "scaled", models.KINDS["tiny"])
         folder = models.make_model("scaled", tmp_path / "scaled")
         tensors = models.load_file(folder / "model.safetensors")
+        # transformers' answers are those for the plain checkpoint.
+        plain = models.make_model("tiny", tmp_path / "plain")
+        for name, tensor in models.load_file(plain / "model.safetensors").items():
+            assert tensor.equal(tensors[name])
         name = "model.layers.1.self_attn.attn_mha.v_scale"
         assert tensors[name].item() == models.V_SCALE
         config = json.loads((folder / "config.json").read_text())

@@ -51,6 +51,8 @@ class Case:
     seeds: int = 1
     # Data-parallel ranks have a prefix cache each.
     hits: bool = True
+    # Batches must come with rows past those of requests.
+    padding: bool = False
     ceiling: float = compare.CEILING
 
 
@@ -155,6 +157,8 @@ def two_gpu_cases(gpus: tuple[int, ...]) -> list[Case]:
         "--enforce-disable-flashinfer-allreduce-fusion",
     )
     dp = (*tp, "--dp-size", "2", "--enable-dp-attention")
+    # Attention's input is scattered over its ranks and so padded to an even length.
+    scattered = (*tp, "--moe-dense-tp-size", "1")
     return [
         Case(
             name,
@@ -162,11 +166,13 @@ def two_gpu_cases(gpus: tuple[int, ...]) -> list[Case]:
             (*backend(b), *chunked(2048), *args),
             env=NATURAL,
             gpus=gpus,
-            hits=hits,
+            hits="data-parallel" not in name,
+            padding="scattered" in name,
         )
-        for name, args, hits in (
-            ("tensor parallel 2", tp, True),
-            ("data-parallel attention 2", dp, False),
+        for name, args in (
+            ("tensor parallel 2", tp),
+            ("tensor parallel 2, scattered input", scattered),
+            ("data-parallel attention 2", dp),
         )
         for b in (TOKENSPEED, TRTLLM)
     ]
@@ -331,6 +337,8 @@ def run_case(run: Run, case: Case, questions: Questions, references: References)
         problems: list[str] = []
         for server in servers:
             record, wrong = check_record(server)
+            if case.padding and not any(call.get("padded") for call in record["calls"]):
+                wrong.append(f"{case.name}, {case.backend}: no batch was padded")
             records["patched" if server.spec.patched else "unpatched"] = record
             problems += wrong
         driven = time.monotonic()

@@ -48,12 +48,11 @@ def _short(kernel: str) -> str:
 
 
 def layers_of(events: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """GPU work from one causal attention call to the next of the same forward pass,
-    without that of the stand-ins: [{"name", "us"}, …] for each.
+    """GPU work from one causal attention call to the next, without that of the
+    stand-ins: [{"name", "us"}, …] for each.
 
-    `events` are a trace's. A pair of calls with a decode call, a sampling step or more
-    than one other thread between them is no layer; such pairs are told by their
-    outlying number of launches, see `per_layer`.
+    `events` are a trace's. What lies between the last call of one forward pass and the
+    first of the next is in the list too; see `per_layer`.
     """
     complete = [e for e in events if e.get("ph") == "X" and "cat" in e]
     # The profiler repeats ranges on the GPU's side; the host's are wanted.

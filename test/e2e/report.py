@@ -39,7 +39,9 @@ make e2e VENV= SGLANG=/path/to/site-packages            # one GPU
 make e2e VENV= SGLANG=/path/to/site-packages GPUS=0,1   # the two-GPU part
 ```
 
-What this does not show: the SM100 attention kernels and a trained model's weights.
+What this does not show: the SM100 attention kernels and a trained model's weights; and
+two-batch overlap, which SGLang runs with an expert-parallel all-to-all backend only (unit
+tests have its wrapper).
 """
 
 COMPARE = """

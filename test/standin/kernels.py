@@ -484,16 +484,16 @@ def _decode(
     kernel: str,
     query: torch.Tensor,
     kv_cache: torch.Tensor,
+    lora: int,
+    rope: int,
     block_tables: torch.Tensor,
     seq_lens: torch.Tensor,
     max_seq_len: int,
-    kv_lora_rank: int,
-    qk_rope_head_dim: int,
     scale: float,
     out_scale: float,
 ) -> torch.Tensor:
     if not SETTINGS.compute:
-        return _new(query, (*query.shape[:3], kv_lora_rank), torch.bfloat16)
+        return _new(query, (*query.shape[:3], lora), torch.bfloat16)
     cache = kv_cache.squeeze(1) if kv_cache.dim() == 4 else kv_cache
     lens = seq_lens.tolist()
     RECORD.add(
@@ -510,12 +510,12 @@ def _decode(
             f"{kernel}: query is {query.dtype}, the cache {cache.dtype}; the real "
             "kernel takes one type"
         )
-    width = kv_lora_rank + qk_rope_head_dim
+    width = lora + rope
     if query.dim() != 4 or query.shape[3] != width or cache.shape[2] != width:
         shapes = f"{tuple(query.shape)} and {tuple(cache.shape)}"
         _refuse(kernel, f"query and cache of shapes {shapes} for {width} wide rows")
-    if (kv_lora_rank, qk_rope_head_dim) != (512, 64) and not SETTINGS.any_head_dim:
-        _refuse(kernel, f"kv_lora_rank {kv_lora_rank} and rope {qk_rope_head_dim}")
+    if (lora, rope) != (512, 64) and not SETTINGS.any_head_dim:
+        _refuse(kernel, f"kv_lora_rank {lora} and rope {rope}")
     if cache.shape[1] not in (32, 64):
         _refuse(kernel, f"pages of {cache.shape[1]} tokens: 32 or 64")
     if query.shape[2] > 128:
@@ -531,9 +531,7 @@ def _decode(
     if longest > max_seq_len or longest > block_tables.shape[1] * cache.shape[1]:
         what = f"max_seq_len {max_seq_len} and {block_tables.shape[1]} pages"
         _refuse(kernel, f"a request of {longest} tokens with {what}")
-    out = paged_attention(
-        query, cache, block_tables, lens, kv_lora_rank, scale, SETTINGS.dtype
-    )
+    out = paged_attention(query, cache, block_tables, lens, lora, scale, SETTINGS.dtype)
     # Rows of requests; those of padding have no keys and hold anything.
     real = [i for i, length in enumerate(lens) if length > 0]
     if len(real) == len(lens):
@@ -570,11 +568,11 @@ def tokenspeed_mla_decode(
             kernel,
             query,
             kv_cache,
+            kv_lora_rank,
+            qk_rope_head_dim,
             block_tables,
             seq_lens,
             max_seq_len,
-            kv_lora_rank,
-            qk_rope_head_dim,
             float(softmax_scale),
             float(output_scale),
         )
@@ -614,11 +612,11 @@ def trtllm_batch_decode_with_kv_cache_mla(
             kernel,
             query,
             kv_cache,
+            kv_lora_rank,
+            qk_rope_head_dim,
             block_tables,
             seq_lens,
             max_seq_len,
-            kv_lora_rank,
-            qk_rope_head_dim,
             float(bmm1_scale),
             float(bmm2_scale),
         )

@@ -40,25 +40,16 @@ class MLAFp8PrefillServer(GSM8KMixin):
     def setUpClass(cls):
         cls.model = try_cached_model(DEFAULT_DEEPSEEK_NVFP4_MODEL_FOR_TEST)
         cls.output = io.StringIO(), io.StringIO()
+        options = ["--trust-remote-code", "--tp", "4"]
+        options += ["--quantization", "modelopt_fp4"]
+        options += ["--attention-backend", cls.attention_backend]
+        options += ["--kv-cache-dtype", "fp8_e4m3"]
+        # Prefills inside one go down the MLA path, which is not under test.
+        options += ["--disable-piecewise-cuda-graph"]
+        options += ["--model-loader-extra-config", '{"enable_multithread_load": true}']
         cls.process = popen_launch_server(
-            cls.model,
-            cls.base_url,
-            timeout=DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH,
-            other_args=[
-                "--trust-remote-code",
-                "--tp",
-                "4",
-                "--quantization",
-                "modelopt_fp4",
-                "--attention-backend",
-                cls.attention_backend,
-                "--kv-cache-dtype",
-                "fp8_e4m3",
-                # Prefills inside one go down the MLA path, which is not under test.
-                "--disable-piecewise-cuda-graph",
-                "--model-loader-extra-config",
-                '{"enable_multithread_load": true}',
-            ],
+            *(cls.model, cls.base_url, DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH),
+            other_args=options,
             return_stdout_stderr=cls.output,
         )
 

@@ -41,6 +41,7 @@ bench-check: $(READY)
 
 # On a GPU: real servers, patched against unpatched, as OUT/README.md. GPUS=0,1 with the
 # two-GPU part; ONLY="compare load" for some sections; QUICK=1 for fewer prompts.
+e2e: OUT = e2e-results
 e2e: $(READY)
 	PYTHONPATH=test:.:$$PYTHONPATH $(RUN) -m e2e --sglang $(SGLANG) --gpus $(GPUS) \
 		--out $(OUT) $(if $(ONLY),--only $(ONLY)) $(if $(QUICK),--quick)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import math
 import os
 import pickle
@@ -29,7 +30,7 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, Callable, Iterator, Optional, Sequence
 
 import sglang_cpu
@@ -126,58 +127,26 @@ class Dims:
         return cls(heads, nope=24, rope=16, v=40, kv_lora=64, q_lora=56, hidden=48)
 
 
-@functools.lru_cache(maxsize=None)
-def fp8_values(dtype: torch.dtype) -> tuple[float, ...]:
-    """The finite values of the bit patterns 0, 1, 2, … with a clear sign bit."""
-    exponent_bits, bias, finite = {
-        torch.float8_e4m3fn: (4, 7, 0x7F),
-        torch.float8_e5m2: (5, 15, 0x7C),
-    }[dtype]
-    mantissa_bits = 7 - exponent_bits
-    values = []
-    for bits in range(finite):
-        exponent, mantissa = divmod(bits, 1 << mantissa_bits)
-        fraction = mantissa / (1 << mantissa_bits)
-        if exponent == 0:
-            values.append(fraction * 2.0 ** (1 - bias))
-        else:
-            values.append((1 + fraction) * 2.0 ** (exponent - bias))
-    return tuple(values)
+def _fp8_reference() -> ModuleType:
+    """The kernels' float64 reference, from its file: the unpatched SGLang has none."""
+    folder = Path(__file__).resolve().parent.parent / "python/sglang/jit_kernel/tests"
+    spec = importlib.util.spec_from_file_location(
+        "fp8_reference", folder / "fp8_reference.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_reference = _fp8_reference()
+fp8_values = _reference.finite_values
+fp8_ulps = _reference.ulps_off
+rope64 = _reference.rotate
 
 
 def round_fp8(x: torch.Tensor, dtype: torch.dtype = FP8_DTYPES[0]) -> torch.Tensor:
-    """Nearest FP8 value, ties to even, saturating (infinity too), NaN kept.
-
-    Found by search in the table of all FP8 values, in float64, so that it shares
-    nothing with any conversion under test.
-    """
-    x = x.double()
-    table = torch.tensor(fp8_values(dtype), dtype=torch.float64, device=x.device)
-    magnitude = x.abs().clamp(max=table[-1].item()).nan_to_num(0.0)
-    high = torch.searchsorted(table, magnitude.contiguous())
-    low = (high - 1).clamp(min=0)
-    below, above = magnitude - table[low], table[high] - magnitude
-    # A bit pattern is its value's index, so an even index is an even mantissa.
-    to_high = (above < below) | ((above == below) & (high % 2 == 0))
-    bits = torch.where(to_high, high, low)
-    bits = torch.where(x.isnan(), torch.full_like(bits, 0x7F), bits)
-    bits = bits | (torch.signbit(x).long() << 7)
-    return bits.to(torch.uint8).view(dtype)
-
-
-def fp8_ulps(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Distance in representable values; two NaN are 0 apart, one NaN is 255."""
-    if a.dtype != b.dtype or a.dtype not in FP8_DTYPES:
-        raise ValueError(f"two FP8 tensors of one dtype wanted: {a.dtype}, {b.dtype}")
-
-    def ordinal(x: torch.Tensor) -> torch.Tensor:
-        bits = x.contiguous().view(torch.uint8).int()
-        return torch.where(bits >= 0x80, -(bits & 0x7F), bits)
-
-    a_nan, b_nan = a.float().isnan(), b.float().isnan()
-    distance = (ordinal(a) - ordinal(b)).abs()
-    distance = torch.where(a_nan ^ b_nan, torch.full_like(distance, 255), distance)
-    return torch.where(a_nan & b_nan, torch.zeros_like(distance), distance)
+    """Nearest FP8 value, ties to even, saturating (infinity too), NaN kept."""
+    return _reference.round_to_fp8(x.double(), dtype)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -188,29 +157,6 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
         a.contiguous().flatten().view(torch.uint8),
         b.contiguous().flatten().view(torch.uint8),
     )
-
-
-def rope64(
-    x: torch.Tensor,
-    positions: torch.Tensor,
-    cos_sin_cache: Optional[torch.Tensor],
-    is_neox: bool,
-) -> torch.Tensor:
-    """RoPE of x [tokens, heads, rope] in float64; no cache means no rotation."""
-    x = x.double()
-    if cos_sin_cache is None:
-        return x
-    cos, sin = cos_sin_cache.double()[positions.long()].unsqueeze(1).chunk(2, dim=-1)
-    out = torch.empty_like(x)
-    half = x.shape[-1] // 2
-    if is_neox:
-        first, second = slice(0, half), slice(half, None)
-    else:
-        first, second = slice(0, None, 2), slice(1, None, 2)
-    a, b = x[..., first], x[..., second]
-    out[..., first] = a * cos - b * sin
-    out[..., second] = b * cos + a * sin
-    return out
 
 
 # Ragged attention in float64: output and natural log-sum-exp, see the function itself.

@@ -75,7 +75,7 @@ class TestFp8ByDefinition:
     def test_table_is_torchs_decoding(self, dtype):
         values = harness.fp8_values(dtype)
         bits = torch.arange(len(values)).to(torch.uint8)
-        assert torch.tensor(values).equal(bits.view(dtype).float())
+        assert values.float().equal(bits.view(dtype).float())
         assert values[-1] == torch.finfo(dtype).max
 
     @pytest.mark.parametrize("dtype", [E4M3, E5M2])
@@ -87,7 +87,7 @@ class TestFp8ByDefinition:
 
     @pytest.mark.parametrize("dtype", [E4M3, E5M2])
     def test_midpoints_go_to_even_and_a_hair_decides(self, dtype):
-        values = torch.tensor(harness.fp8_values(dtype), dtype=torch.float64)
+        values = harness.fp8_values(dtype)
         middle = (values[1:] + values[:-1]) / 2
         index = torch.arange(len(values) - 1)
         bits = [
@@ -109,7 +109,9 @@ class TestFp8ByDefinition:
     def test_ulps(self):
         a = torch.tensor([1.0, -1.0, 0.0, math.nan, math.nan, 448.0, 2**-9]).to(E4M3)
         b = torch.tensor([1.125, -0.9375, -0.0, math.nan, 1.0, -448.0, -(2**-9)])
-        assert harness.fp8_ulps(a, b.to(E4M3)).tolist() == [1, 1, 0, 0, 255, 252, 2]
+        off = harness.fp8_ulps(a, b.to(E4M3)).tolist()
+        assert off[:4] == [1, 1, 0, 0] and off[5:] == [252, 2]
+        assert off[4] > 255  # more than any two numbers
 
 
 class TestTritonConversions:
@@ -123,7 +125,7 @@ class TestTritonConversions:
     @pytest.mark.parametrize("source", [torch.float16, torch.float32])
     @pytest.mark.parametrize("dtype", [E4M3, E5M2])
     def test_wider_types_to_fp8(self, source, dtype):
-        values = torch.tensor(harness.fp8_values(dtype), dtype=torch.float64)
+        values = harness.fp8_values(dtype)
         middle = (values[1:] + values[:-1]) / 2
         near = torch.cat([middle * (1 + s) for s in (-(2.0**-20), 0, 2.0**-20)])
         x = torch.cat([near, -near, torch.tensor([math.inf, math.nan, 1e5])])

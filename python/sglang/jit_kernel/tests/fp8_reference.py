@@ -34,7 +34,8 @@ def round_to_fp8(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """x (float64) to the nearest FP8 value: ties to the even code, saturated, NaN kept."""
     values = finite_values(dtype).to(x.device)
     magnitude = x.abs().clamp(max=values[-1].item()).nan_to_num(0.0)
-    above = torch.searchsorted(values, magnitude).clamp(max=len(values) - 1)
+    above = torch.searchsorted(values, magnitude.contiguous())
+    above = above.clamp(max=len(values) - 1)
     below = (above - 1).clamp(min=0)
     to_above, to_below = values[above] - magnitude, magnitude - values[below]
     even = torch.where(above % 2 == 0, above, below)
@@ -51,7 +52,7 @@ def ulps_off(actual: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     assert actual.dtype == wanted.dtype and actual.shape == wanted.shape
 
     def order(x):
-        code = x.view(torch.uint8).to(torch.int16)
+        code = x.contiguous().view(torch.uint8).to(torch.int16)
         return torch.where(code >= 0x80, 0x80 - code, code)
 
     distance = (order(actual) - order(wanted)).abs()

@@ -1187,7 +1187,7 @@ CASES = [
         "composed-no-flashinfer",
         "SGLANG_MLA_FP8_PREFILL=composed, without FlashInfer",
         Run(environ={"SGLANG_MLA_FP8_PREFILL": "composed"}, batch=CHUNKS),
-        declined("SGLANG_MLA_FP8_PREFILL=composed needs FlashInfer"),
+        declined("SGLANG_MLA_FP8_PREFILL=composed without FlashInfer"),
     ),
     _both(
         "position-out-of-range",

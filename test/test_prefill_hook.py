@@ -27,6 +27,7 @@ from sglang.srt.layers.attention.trtllm_mla_backend import TRTLLMMLABackend
 from sglang.srt.mem_cache import memory_pool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
+ODD_DIMS = "with head dimensions that are no multiples of 16"
 SWITCH, CHECK = "SGLANG_MLA_FP8_PREFILL", "SGLANG_MLA_FP8_PREFILL_CHECK"
 
 on_both = pytest.mark.parametrize("backend", BACKENDS)
@@ -398,7 +399,7 @@ class TestPools:
         call = hook_call(backend, dims=Dims.odd(3), pool_class=OwnWriterPool)
         assert call() is None and call.env.pool.writes == 0
         declines = call.env.backend.prefill_declines
-        assert declines == {"KV pool and head dimensions": 1}
+        assert declines == {f"KV pool {ODD_DIMS}": 1}
 
 
 class TestDeclines:
@@ -952,7 +953,7 @@ class TestStartUp:
             (
                 {SWITCH: "composed"},
                 {},
-                f"declined, {SWITCH}=composed needs FlashInfer",
+                f"declined, {SWITCH}=composed without FlashInfer",
             ),
             (
                 {},
@@ -962,7 +963,7 @@ class TestStartUp:
             (
                 {},
                 dict(pool_class=OwnWriterPool),
-                "declined, OwnWriterPool needs FlashInfer's RoPE",
+                "declined, OwnWriterPool without FlashInfer",
             ),
             (
                 {},
@@ -994,12 +995,12 @@ class TestStartUp:
             (
                 {},
                 dict(pool_class=OwnWriterPool, dims=Dims.odd(3)),
-                "declined, OwnWriterPool needs FlashInfer's RoPE",
+                f"declined, OwnWriterPool {ODD_DIMS}",
             ),
             (
                 {SWITCH: "composed"},
                 dict(dims=Dims.odd(3)),
-                f"declined, {SWITCH}=composed needs head dimensions of 16s",
+                f"declined, {SWITCH}=composed {ODD_DIMS}",
             ),
         ],
     )
@@ -1100,7 +1101,7 @@ class TestIndexCheck:
         call = hook_call("trtllm_mla", dims=dims, pool_class=OwnWriterPool)
         call.projections = 0
         assert call() is None
-        assert call.env.backend.prefill_declines == {"KV pool and head dimensions": 1}
+        assert call.env.backend.prefill_declines == {f"KV pool {ODD_DIMS}": 1}
         call.assert_nothing_touched()
 
     @pytest.mark.parametrize("value", [512, 3])

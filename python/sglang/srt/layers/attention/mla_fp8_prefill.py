@@ -236,10 +236,8 @@ class MLAFP8PrefillMixin:
             outcome = f"declined, {self._prefill_off}"
         elif producer is None:
             outcome = f"declined, {type(pool).__name__} takes no FP8 rows"
-        elif producer == COMPOSED and not (
-            is_flashinfer_available() and self._flashinfer_takes_dims()
-        ):
-            outcome = f"declined, {type(pool).__name__} needs FlashInfer's RoPE"
+        elif producer == COMPOSED and self._composed_lack() is not None:
+            outcome = f"declined, {type(pool).__name__} {self._composed_lack()}"
         elif COMPOSED in (producer, self._prefill_producer):
             outcome = f"with the {COMPOSED} producer"
         else:
@@ -256,16 +254,18 @@ class MLAFP8PrefillMixin:
             return f"the KV cache is {self.data_type}, not {FP8}"
         if self.q_data_type not in (torch.bfloat16, torch.float16):
             return f"the model is {self.q_data_type}, not bfloat16 or float16"
-        if self._prefill_producer == COMPOSED:
-            if not is_flashinfer_available():
-                return "SGLANG_MLA_FP8_PREFILL=composed needs FlashInfer"
-            if not self._flashinfer_takes_dims():
-                return "SGLANG_MLA_FP8_PREFILL=composed needs head dimensions of 16s"
+        if self._prefill_producer == COMPOSED and self._composed_lack() is not None:
+            return f"SGLANG_MLA_FP8_PREFILL=composed {self._composed_lack()}"
         return None
 
-    def _flashinfer_takes_dims(self) -> bool:
-        # Its RoPE stores 16 elements at a time, also past the end of a row.
-        return self.qk_nope_head_dim % 16 == self.qk_rope_head_dim % 16 == 0
+    def _composed_lack(self) -> Optional[str]:
+        """What the composed producer lacks in this process, or None."""
+        if not is_flashinfer_available():
+            return "without FlashInfer"
+        # FlashInfer's RoPE stores 16 elements at a time, also past the end of a row.
+        if self.qk_nope_head_dim % 16 or self.qk_rope_head_dim % 16:
+            return "with head dimensions that are no multiples of 16"
+        return None
 
     def _compile_prefill_kernels(self, model: Optional[torch.nn.Module]) -> None:
         """Run one token through the kernels so that no request waits for a compiler."""
@@ -369,11 +369,8 @@ class MLAFP8PrefillMixin:
         producer = self._pool_checked[1]
         if producer is None:
             return "KV pool"
-        if producer == COMPOSED:
-            if not is_flashinfer_available():
-                return "KV pool without FlashInfer"
-            if not self._flashinfer_takes_dims():
-                return "KV pool and head dimensions"
+        if producer == COMPOSED and self._composed_lack() is not None:
+            return f"KV pool {self._composed_lack()}"
         return None
 
     def _prefill_scale_invs(self, layer: RadixAttention) -> tuple[float, float]:

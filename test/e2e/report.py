@@ -258,7 +258,7 @@ def _share(tokens: int, a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str,
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The page. A section that did not run, or not to its end, is left out."""
+    """The page. Sections that did not run, or not to their end, are named."""
     parts = [INTRODUCTION]
     sections = (
         (
@@ -281,6 +281,9 @@ def markdown(results: Mapping[str, Any]) -> str:
         ("kill", "\n## Killed in mid-batch\n", _kill),
         ("profile", "\n## Launches and time\n", _profile),
     )
+    missing = [name for name, _, _ in sections if not results.get(name)]
+    if missing:
+        parts.append(f"\nNot run yet: {', '.join(missing)}.\n")
     for name, title, write in sections:
         section = results.get(name)
         if not section:

@@ -258,6 +258,32 @@ class TestReport:
         for section in results.values():
             assert not section["problems"] and not suite.failures(section)
 
+    def test_profile(self):
+        def layers(preparation):
+            kernels = ["nvjet", *preparation, "norm"]
+            one_pass = [*kernels, CAUSAL] * 4
+            return profiles.per_layer(profiles.layers_of(trace([one_pass])))
+
+        sides = {"unpatched": layers(["cast"] * 9), "patched": layers(["fused"])}
+        one = {
+            "layers": {side: {"64": x, "64 behind 8": x} for side, x in sides.items()},
+            "time_to_first_token": {
+                "64": dict(unpatched=[0.2, 0.4, 0.6], patched=[0.1, 0.3, 0.5])
+            },
+            "throughput": dict(unpatched=[100.0], patched=[125.0]),
+            "throughput_prompt": 16,
+        }
+        models = {model: {"trtllm_mla": one} for model in report.MODELS}
+        machine = dict(gpu="G", gpus=1, torch="t", triton="t", sglang="s", quick=False)
+        section = dict(machine=machine, problems=[], profile=models)
+        page = report.markdown({"profile": section})
+        assert "Not complete" not in page
+        assert "| 64 behind 8 | 11 -> 3 | 9 -> 1 | 126 -> 15 us | 8.40x |" in page
+        assert "| 64 | 400.00 ms | 300.00 ms | 25.0% |" in page
+        assert "| 100 tokens/s | 125 tokens/s | 25.0% |" in page
+        # 111 us of 155 and attention's 0.17.
+        assert "| 111 us | 155 us | 0 us | 71.5% |" in page
+
     def test_a_section_that_broke_off_is_named(self):
         section = dict(
             machine=dict(

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from e2e import load
+from e2e import load, report
 from e2e.servers import Answer, Request
 
 VOCAB = 4096
@@ -611,3 +611,32 @@ def test_a_successor_that_does_not_start_is_reported(serve):
         server, REQUESTS[:120], start, concurrency=8, gpu_used=server.gpu_used
     )
     assert found(result, "starting a fresh server: TimeoutError: not up in 300 s")
+
+
+MACHINE = dict(gpu="G", gpus=1, torch="t", triton="t", sglang="s", quick=False)
+
+
+def test_the_page_has_the_figures(serve):
+    server = serve()
+    before = load.snapshot(server, server.gpu_used)
+    parts = dict(storm=small_storm(server))
+    parts["leaks"] = load.leaks(server, before, gpu_used=server.gpu_used)
+    parts["quiet"] = load.quiet(server, REQUESTS, sample=20)
+    parts["answers"] = load.compare_answers(parts["storm"], parts["quiet"])
+    side = {name: load.summary(result) for name, result in parts.items()}
+    retracted = load.summary(load.retractions(serve(total=4096)))
+    section = dict(machine=MACHINE, problems=[], comparisons=[])
+    page = report.markdown(
+        {
+            "load": {
+                **section,
+                "load": {"trtllm_mla": dict(unpatched=side, patched=side)},
+                "retractions": {"trtllm_mla": retracted},
+            },
+            "kill": {**section, "kill": load.summary(kill(serve)[0])},
+        }
+    )
+    assert "Not complete" not in page and "problem" not in page.lower()
+    storm = side["storm"]
+    assert f"| trtllm_mla | patched | {storm['complete']} of 240 |" in page
+    assert "a pool of 4096 tokens" in page and "8 of 8 answers bit for bit" in page

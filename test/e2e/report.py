@@ -283,7 +283,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     )
     missing = [name for name, _, _ in sections if not results.get(name)]
     if missing:
-        parts.append(f"\nNot run yet: {', '.join(missing)}.\n")
+        parts.append(f"\nNot in these results: {', '.join(missing)}.\n")
     for name, title, write in sections:
         section = results.get(name)
         if not section:

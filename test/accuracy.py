@@ -497,7 +497,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         title = "Activations of the checkpoint"
         if model is None:
-            from e2e.models import make_model
+            from mla_standin.models import make_model
 
             model = Path(folder, "model")
             make_model("deepseek_v3", model)

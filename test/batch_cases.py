@@ -36,8 +36,8 @@ if __name__ == "__main__":
 import mla_harness as harness
 import torch
 from mla_harness import KERNELS, Batch, Dims, Env, Result, run_prefill
+from mla_standin import kernels
 from sglang_cpu import DEVICE, HAS_GPU
-from standin import kernels
 
 from sglang.srt.compilation.piecewise_context_manager import (
     enable_piecewise_cuda_graph,

@@ -35,9 +35,9 @@ from typing import Any, Callable, Iterator, Optional, Sequence
 
 import sglang_cpu
 import torch
+from mla_standin import kernels
+from mla_standin.install import tokenspeed_module
 from sglang_cpu import DEVICE, HAS_GPU
-from standin import kernels
-from standin.install import tokenspeed_module
 
 sglang_cpu.install()
 

@@ -12,9 +12,10 @@ import psutil
 import pytest
 import torch
 from e2e import __main__ as suite
-from e2e import compare, models, profiles, report
+from e2e import compare, profiles, report
 from e2e.servers import Answer, Request, Server, ServerSpec
-from standin.kernels import CAUSAL, DECODE, PREFIX_CHUNK
+from mla_standin import models
+from mla_standin.kernels import CAUSAL, DECODE, PREFIX_CHUNK
 from transformers import AutoModelForCausalLM
 
 
@@ -342,9 +343,9 @@ class TestResults:
 
 def test_no_server_outlives_the_suite(tmp_path):
     """Processes that a server started, too, when the suite is ended by a signal."""
-    (tmp_path / "standin").mkdir()
-    (tmp_path / "standin/__init__.py").touch()
-    (tmp_path / "standin/launch_server.py").write_text(
+    (tmp_path / "mla_standin").mkdir()
+    (tmp_path / "mla_standin/__init__.py").touch()
+    (tmp_path / "mla_standin/launch_server.py").write_text(
         "import subprocess, sys, time\n"
         "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)'])\n"
         "time.sleep(99)\n"
@@ -408,9 +409,15 @@ class TestSuite:
             f"tokenspeed_mla, {case}: single": dict(patched=result, unpatched=result)
             for case in ("chunked prefill off", "chunked prefill 512")
         }
-        found = suite.pool_answers(References(), "deepseek_v3", runs)
-        assert found["ok"] and found["prompts"] == 18 and found["independent"] == 9
-        assert found["patched_distance"] == pytest.approx(0.1)
+        one = {"trtllm_mla, GLM: single": dict(patched=result, unpatched=result)}
+        found = suite.pool_all(References(), {"deepseek_v3": runs, "glm": one})
+        assert [c["prompts"] for c in found["comparisons"]] == [9, 9]
+        scenarios, everything, glm = found["pooled"]
+        assert scenarios["scenario"] == "deepseek_v3: all single"
+        assert everything["prompts"] == 18 and everything["independent"] == 9
+        assert glm["scenario"] == "glm: trtllm_mla, GLM" and glm["prompts"] == 9
+        for judged in found["comparisons"] + found["pooled"]:
+            assert judged["ok"] and judged["patched_distance"] == pytest.approx(0.1)
 
     def test_failures_and_what_is_not_done(self):
         base = compare._comparison("distance", "single", "b")

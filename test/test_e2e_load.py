@@ -434,6 +434,30 @@ def test_growth_is_seen_where_processes_cannot_be_told_apart(serve):
     assert found(result, "cannot tell a leak")
 
 
+def test_memory_that_can_no_longer_be_read_is_no_growth_of_zero(serve):
+    server = serve()
+    before = load.snapshot(server, server.gpu_used)
+    server.gpu_memory = lambda: 0
+    grown = load.leaks(server, before, gpu_used=lambda gpus: 40 << 30)
+    assert grown["memory_of"] == "whole GPU" and found(grown, "whole GPU grew")
+    unknown = load.leaks(server, before, gpu_used=lambda gpus: 0)
+    assert found(unknown, "cannot tell a leak")
+
+
+def test_an_aborted_answer_may_be_short_but_not_nan():
+    request = Request([1, 2, 3], max_new_tokens=4, logprob_start=2, rid="r")
+    answer = dict(
+        output_ids=[5],
+        output_logprobs=[math.nan],
+        input_logprobs=[],
+        finish="abort",
+        error="Aborted",
+    )
+    (fault,) = load.faults(request, answer, may_abort=True)
+    assert "1 of 1 output_logprobs are NaN" in fault
+    assert load.faults(request, {**answer, "output_logprobs": [-1.0]}, True) == []
+
+
 @pytest.mark.parametrize(
     "fault, words", [("ill", "503"), ("keeps running", "1 requests still run")]
 )

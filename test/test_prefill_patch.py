@@ -760,9 +760,9 @@ def test_round_trip(run, tmp_path, package):
 
 
 TESTS = {
-    "test/registered/mla/test_it.py": "import standin\n",
-    "test/standin/kernels.py": "y = 2\n",
-    "test/e2e/models.py": "z = 3\n",
+    "test/registered/mla/test_it.py": "import mla_standin\n",
+    "test/mla_standin/kernels.py": "y = 2\n",
+    "test/mla_standin/models.py": "z = 3\n",
 }
 
 
@@ -770,7 +770,7 @@ TESTS = {
 def with_tests(tmp_path, capfd):
     """`run` on a patch that has tests for a checkout."""
     mirror = {f"python/sglang/{name}": content for name, content in MIRROR.items()}
-    here = {"test/test_here.py": "", "test/e2e/load.py": "", "test/standin/.x": ""}
+    here = {"test/test_here.py": "", "test/e2e/load.py": "", "test/mla_standin/.x": ""}
     source = write_tree(tmp_path / "project", mirror | TESTS | here) / "python/sglang"
 
     def run(command: str, tree: Path) -> tuple[int, str, str]:
@@ -793,7 +793,7 @@ def test_tests_go_into_a_checkout(with_tests, tmp_path):
     assert with_tests("build", tree)[1] == diff
     after = snapshot(tree)
     # What running them leaves behind goes with them.
-    compiled = {"test/standin/__pycache__/kernels.cpython-311.pyc": b""}
+    compiled = {"test/mla_standin/__pycache__/kernels.cpython-311.pyc": b""}
     write_tree(tree, compiled)
     assert with_tests("revert", tree)[0] == 0
     assert snapshot(tree) == before

@@ -157,11 +157,11 @@ def test_checkout_has_what_the_standin_suite_imports(checkout, standin, tmp_path
         import sglang_cpu
         sglang_cpu.install()
         sys.path.pop()
-        from e2e.models import VOCAB, make_model
-        import standin.install, standin.kernels
+        from mla_standin.models import VOCAB, make_model
+        import mla_standin.install, mla_standin.kernels
         make_model("tiny", sys.argv[1])
-        files = [sys.modules[name].__file__ for name in ("e2e.models", "standin.install")]
-        print(VOCAB, *files)
+        parts = mla_standin.models, mla_standin.install
+        print(VOCAB, *(part.__file__ for part in parts))
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), tmp_path / "model", TEST],
@@ -174,12 +174,14 @@ def test_checkout_has_what_the_standin_suite_imports(checkout, standin, tmp_path
     vocab, *files = done.stdout.split()
     assert int(vocab) == standin.VOCAB
     folder = checkout / "test"
-    assert files == [f"{folder}/e2e/models.py", f"{folder}/standin/install.py"]
-    assert (checkout / "test/standin/launch_server.py").is_file()
+    assert files == [
+        f"{folder}/mla_standin/{name}.py" for name in ("models", "install")
+    ]
+    assert (checkout / "test/mla_standin/launch_server.py").is_file()
     assert (tmp_path / "model/config.json").is_file()
 
 
-# Stands in for standin.launch_server, which needs a GPU: the form of a server's answers,
+# Stands in for mla_standin.launch_server, which needs a GPU: the form of a server's answers,
 # of its log and of the kernels' record.
 SERVER = """
 import argparse, json, os
@@ -248,7 +250,7 @@ def standin(datasets):
 def runs(standin, tmp_path_factory):
     """Two runs of the suite's own against servers that are as they should be."""
     work = write_tree(
-        tmp_path_factory.mktemp("runs"), {"standin/launch_server.py": SERVER}
+        tmp_path_factory.mktemp("runs"), {"mla_standin/launch_server.py": SERVER}
     )
     ports = {}
     for producer in ("fused", "off"):
@@ -352,6 +354,6 @@ def test_standin_suite_notices(standin, runs, what):
 
 def test_standin_suite_says_why_a_server_ended(standin, tmp_path, monkeypatch):
     monkeypatch.setattr(standin, "TEST", tmp_path)
-    write_tree(tmp_path, {"standin/launch_server.py": "raise SystemExit('no GPU')"})
+    write_tree(tmp_path, {"mla_standin/launch_server.py": "raise SystemExit('no GPU')"})
     with pytest.raises(RuntimeError, match="the server ended:\nno GPU"):
         standin.run_server(tmp_path, "tokenspeed_mla", "off", tmp_path / "off")

@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
+from mla_standin import install, kernels
 from sglang_cpu import DEVICE
-from standin import install, kernels
 
 E4M3 = torch.float8_e4m3fn
 Q_LENS, KV_LENS = [3, 1, 4], [5, 0, 6]

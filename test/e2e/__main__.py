@@ -2,7 +2,7 @@
 
     python -m e2e --sglang 0.5.12.post1 --out e2e-results
 
-Starts SGLang servers on the stand-ins of `standin`, drives them over HTTP and ends
+Starts SGLang servers on the stand-ins of `mla_standin`, drives them over HTTP and ends
 them. Writes results.json, as they come, and README.md to the output folder, prints the
 table, and exits 1 where something is not ok. Sections: compare, load, kill, profile
 and, with two GPUs (`--gpus 0,1`), parallel.
@@ -33,7 +33,6 @@ from typing import Any, Optional
 import patched_sglang
 import torch
 from e2e import compare, load, profiles, report
-from e2e.models import VOCAB
 from e2e.pairs import (
     NATURAL,
     TOKENSPEED,
@@ -52,6 +51,7 @@ from e2e.pairs import (
     two_gpu_cases,
 )
 from e2e.servers import Server, kill_all
+from mla_standin.models import VOCAB
 
 from prefill_patch.target import open_target
 
@@ -276,8 +276,27 @@ def jobs_of(
 
 
 def pool_all(references: References, answers: Mapping[str, Any]) -> dict[str, Any]:
-    pooled = [pool_answers(references, *item) for item in answers.items()]
-    return {"pooled": pooled, "problems": []}
+    """Of each model everything together and by scenario, which must be decided, so
+    that an error in one scenario is not lost among the others; and by case."""
+    pooled, cases = [], []
+    for model, runs in answers.items():
+        scenarios: dict[str, dict[str, Any]] = {}
+        pairs: dict[str, dict[str, Any]] = {}
+        for run, sides in runs.items():
+            pair, scenario = run.split(": ")
+            scenarios.setdefault(scenario, {})[run] = sides
+            pairs.setdefault(pair, {})[run] = sides
+        for pair, some in pairs.items():
+            cases.append(pool_answers(references, model, pair, some))
+        if len(pairs) > 1:
+            for scenario, some in scenarios.items():
+                title = f"all {scenario}"
+                pooled.append(pool_answers(references, model, title, some))
+            title = "everything above"
+            pooled.append(pool_answers(references, model, title, runs))
+        else:
+            pooled.append(cases.pop())
+    return {"comparisons": cases, "pooled": pooled, "problems": []}
 
 
 def run_all(run: Run, sections: Sequence[str], file: Path) -> dict[str, Any]:

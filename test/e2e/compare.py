@@ -187,6 +187,11 @@ def prefix_hits(
         asked = _ask(scenario, server, members, concurrency, hits=hits)
         result["answers"] |= asked["answers"]
         result["problems"] += warm["problems"] + asked["problems"]
+    found = any(answer["cached_tokens"] for answer in result["answers"].values())
+    if not hits and not found:
+        result["problems"].append(
+            f"{scenario}: no prompt found its prefix in the cache"
+        )
     return result
 
 
@@ -243,7 +248,10 @@ def _ask(
         )
     for prompt, request, answer in zip(prompts, requests, answers):
         problems = _problems(request, answer)
-        if not problems and hits and answer.cached_tokens != prompt.start:
+        wrong = answer.cached_tokens != prompt.start
+        if not hits:
+            wrong = answer.cached_tokens > prompt.start
+        if not problems and wrong:
             problems.append(
                 f"{answer.cached_tokens} tokens came from the cache, not {prompt.start}"
             )

@@ -313,7 +313,8 @@ def leaks(
         _same_pool(before["pool"], pool, problems, "after the last flush")
         memory = _memory(server, gpu_used)
         result |= {"pool": pool, "memory": memory, "memory_before": before["memory"]}
-        whose = next((key for key in memory if before["memory"][key] > 0), None)
+        known = [x for x in memory if min(memory[x], before["memory"][x]) > 0]
+        whose = result["memory_of"] = known[0] if known else None
         if whose is None:
             problems.add("no figure of the GPU's memory: cannot tell a leak")
         elif memory[whose] - before["memory"][whose] > tolerance:
@@ -517,10 +518,9 @@ def faults(request: Request, answer: dict | None, may_abort: bool = False) -> li
     """What is wrong with one answer. An aborted one may be short, but not wrong."""
     if answer is None:
         return ["no answer"]
-    if may_abort and answer["finish"] == "abort":
-        if answer["error"] in (None, *ABORTED):
-            return []
-    if answer["error"] is not None:
+    aborted = may_abort and answer["finish"] == "abort"
+    aborted = aborted and answer["error"] in (None, *ABORTED)
+    if answer["error"] is not None and not aborted:
         return [f"error: {' '.join(answer['error'].split())[:300]}"]
     found = []
     for kind in ("output_logprobs", "input_logprobs"):
@@ -530,6 +530,8 @@ def faults(request: Request, answer: dict | None, may_abort: bool = False) -> li
                 f"{len(bad)} of {len(answer[kind])} {kind} are NaN, infinite or "
                 f"positive; the first, at {bad[0]}, is {answer[kind][bad[0]]}"
             )
+    if aborted:
+        return found
     if answer["finish"] != "length":
         found.append(f"finished with {answer['finish']!r} where 'length' is right")
     asked = max(1, request.max_new_tokens)

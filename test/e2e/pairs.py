@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -15,9 +15,9 @@ from typing import Any, Optional
 import patched_sglang
 import torch
 from e2e import compare
-from e2e.models import VOCAB, make_model
 from e2e.reference import Reference
 from e2e.servers import Server, ServerSpec
+from mla_standin.models import VOCAB, make_model
 
 TOKENSPEED, TRTLLM = "tokenspeed_mla", "trtllm_mla"
 # Servers that run side by side, each with three processes and a few GB of memory.
@@ -157,21 +157,22 @@ def two_gpu_cases(gpus: tuple[int, ...]) -> list[Case]:
         "--enforce-disable-flashinfer-allreduce-fusion",
     )
     dp = (*tp, "--dp-size", "2", "--enable-dp-attention")
-    # Attention's input is scattered over its ranks and so padded to an even length.
-    scattered = (*tp, "--moe-dense-tp-size", "1")
+    # Tokens are scattered over the ranks between MLPs, and so padded to an even number.
+    by_rank = (*tp, "--moe-dense-tp-size", "1")
     return [
         Case(
             name,
             b,
             (*backend(b), *chunked(2048), *args),
-            env=NATURAL,
+            # References and other servers take unequal parts of the two GPUs.
+            env={**NATURAL, "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"},
             gpus=gpus,
             hits="data-parallel" not in name,
-            padding="scattered" in name,
+            padding="MLP by rank" in name,
         )
         for name, args in (
             ("tensor parallel 2", tp),
-            ("tensor parallel 2, scattered input", scattered),
+            ("tensor parallel 2, MLP by rank", by_rank),
             ("data-parallel attention 2", dp),
         )
         for b in (TOKENSPEED, TRTLLM)
@@ -251,6 +252,8 @@ class Run:
     slots: threading.Semaphore = field(
         default_factory=lambda: threading.Semaphore(SIDE_BY_SIDE // 2)
     )
+    # Ranks of many servers on one GPU wait for each other's turns.
+    several: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(3))
     _models: threading.Lock = field(default_factory=threading.Lock)
 
     def model(self, kind: str) -> Path:
@@ -307,7 +310,8 @@ def check_record(server: Server) -> tuple[dict[str, Any], list[str]]:
 
 def run_case(run: Run, case: Case, questions: Questions, references: References):
     """A case's comparisons, records and problems."""
-    with run.slots, ExitStack() as stack:
+    several = run.several if case.gpus and len(case.gpus) > 1 else nullcontext()
+    with several, run.slots, ExitStack() as stack:
         started = time.monotonic()
         unpatched, patched = servers = run.pair(case, stack)
         up = time.monotonic()
@@ -415,9 +419,10 @@ def run_case(run: Run, case: Case, questions: Questions, references: References)
 
 
 def pool_answers(
-    references: References, model: str, answers: Mapping[str, Any]
+    references: References, model: str, title: str, answers: Mapping[str, Any]
 ) -> compare.Comparison:
-    """One comparison of everything that servers of one model were asked."""
+    """One comparison of several runs of servers of one model: {"<backend>, <case>:
+    <scenario>": {"patched": …, "unpatched": …}}."""
     expected = references.get(model, torch.bfloat16)[1]
     sides = {}
     for side in ("patched", "unpatched"):
@@ -427,5 +432,5 @@ def pool_answers(
         **sides,
         reference={name: expected[name.split(": ", 2)[2]] for name in names},
         backend="all",
-        scenario=f"{model}: everything above",
+        scenario=f"{model}: {title}",
     )

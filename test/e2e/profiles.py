@@ -14,13 +14,14 @@ import json
 import shutil
 import statistics
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any, Iterable, Sequence
 
 import numpy as np
 from e2e.servers import Request, Server
-from standin.kernels import CAUSAL, RANGE
+from mla_standin.kernels import CAUSAL, RANGE
 
 # Kernels of a layer that the patch has no part in, by parts of their names.
 OTHER_WORK = {
@@ -43,7 +44,8 @@ def kind_of(kernel: str) -> str:
 
 
 def _short(kernel: str) -> str:
-    name = kernel.split("(")[0].replace("void ", "")
+    name = kernel.replace("(anonymous namespace)::", "").removeprefix("void ")
+    name = name.split("(")[0]
     return name if len(name) <= 100 else name[:97] + "..."
 
 
@@ -136,6 +138,8 @@ def profile(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     body = {"output_dir": str(folder), "activities": ["CPU", "GPU"]}
+    # SGLang's defaults, which make large traces that say no more of launches.
+    body |= {"with_stack": False, "record_shapes": False}
     server.post("/start_profile", body).raise_for_status()
     for request in requests:
         answer = server.generate(request)
@@ -148,7 +152,7 @@ def profile(
             try:
                 with gzip.open(path) as f:
                     events = json.load(f)["traceEvents"]
-            except (EOFError, ValueError):
+            except (EOFError, OSError, ValueError, zlib.error):
                 continue  # still being written
             layers = layers_of(events)
             if layers:

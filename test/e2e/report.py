@@ -31,7 +31,7 @@ INTRODUCTION = """\
 SGLang's own server (scheduler, radix cache, chunked prefill, DeepSeek model code,
 backends, KV pool) with the patch and without it, over HTTP, on small models of
 DeepSeek-V3's architecture with random weights. The attention kernels, which need
-SM100, are [stand-ins](../../test/standin/kernels.py) in plain torch that check what they
+SM100, are [stand-ins](../../test/mla_standin/kernels.py) in plain torch that check what they
 are handed; everything else is what runs in production.
 
 ```bash
@@ -55,8 +55,11 @@ tell, which the rows for everything together may not be. *far tokens*: share of 
 transformers, having read the same tokens, finds {near} or more below its own choice; no
 larger means that the interval of the difference ends below {greedy:.0%}.
 *consistency*: distance of a request's answer among 64 others from the one it gets
-alone. *bit-equal*: the hook switched off by environment. Prompts: random ids, 1 to
-16,000 tokens, seeds 1 to 3; prefixes of 64 to 12,288 cached tokens in 1 to many chunks.
+alone; no larger means an upper end of at most {consistency:.2f}. *bit-equal*: the hook
+switched off by environment. Prompts: random ids, 1 to 16,000 tokens; prefixes of 64 to
+12,288 cached tokens in 1 to many chunks; one seed, but three for the first case's
+concurrent ones. The rows for everything together count a prompt once for each pair of
+servers that was asked it; the interval knows that they are one prompt.
 With trtllm_mla the stand-in returns natural log-sum-exps, as SGLang merges them, except
 where the table says base-2, which is what trtllm-gen returns and which makes merged
 prefix chunks wrong, patched or not.
@@ -132,7 +135,8 @@ def _load(section: Mapping[str, Any]) -> str:
         for side, parts in sides.items():
             storm, answers = parts["storm"], parts["answers"]
             aborts, leaks = storm["aborts"], parts["leaks"]
-            memory = leaks["memory"]["server"] - leaks["memory_before"]["server"]
+            whose = leaks["memory_of"]
+            memory = leaks["memory"][whose] - leaks["memory_before"][whose]
             same = f"{answers['identical']} of {answers['compared']}"
             spread = answers["first_token"]
             rows.append(
@@ -147,7 +151,7 @@ def _load(section: Mapping[str, Any]) -> str:
                     "flushes": storm["flushes"]["at_lulls"],
                     "seconds": f"{storm['seconds']:.0f}",
                     "pool tokens held after": leaks["pool"]["used"],
-                    "GPU memory after": f"{memory / 2**20:+.0f} MiB",
+                    f"GPU memory after, {whose}": f"{memory / 2**20:+.0f} MiB",
                     "same output as in quiet": same,
                     "first token's log p, mean off": f"{spread['mean']:.4f}",
                 }
@@ -224,11 +228,14 @@ def _profile(section: Mapping[str, Any]) -> str:
                 }
             )
     return (
-        "Four layers with DeepSeek-V3's dense dimensions (hidden 7168, MLP 18432 over "
-        "the tensor-parallel size), eager, attention kernels that do nothing. Launches "
+        "Four layers of DeepSeek-V3's dimensions (hidden 7168; an MLP of 18432 over the "
+        "tensor-parallel size, which is a dense layer's and as much as the 9 experts of "
+        "2048 that a token meets), eager, on one GPU, so without communication, and with "
+        "attention kernels that do nothing. Launches "
         "and GPU time of one layer, from SGLang's profiler; the preparation is what is "
         "neither projection, norm, activation nor attention: RoPE, concatenation, "
-        "casts, cache row, and for prefix chunks gather, pack and merge.\n\n"
+        "casts, cache row, the fill of the output, and for prefix chunks gather, pack and "
+        "merge.\n\n"
         + table(launches)
         + "\nTime to first token of one request over HTTP, all of it but attention "
         "(median of requests sent to both servers in turn):\n\n"
@@ -268,6 +275,7 @@ def markdown(results: Mapping[str, Any]) -> str:
                 margin=1 + compare.MARGIN,
                 near=compare.NEAR,
                 greedy=compare.GREEDY_MARGIN,
+                consistency=1 + compare.CONSISTENCY_MARGIN,
             ),
             _comparisons,
         ),

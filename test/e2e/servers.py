@@ -1,4 +1,4 @@
-"""Starts, drives and ends real SGLang servers on the stand-ins of `standin`."""
+"""Starts, drives and ends real SGLang servers on the stand-ins of `mla_standin`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any, Mapping, Optional, Sequence
 
 import psutil
 import requests
+from mla_standin.kernels import RECORD_EVERY
 
 TEST = Path(__file__).resolve().parent.parent
 
@@ -114,7 +115,7 @@ class Answer:
         return answer
 
 
-_ports = itertools.count(20000 + 100 * random.randrange(200), 50)
+_ports = itertools.count(20000 + 100 * random.randrange(100), 50)
 
 
 def free_port() -> int:
@@ -173,7 +174,7 @@ class Server:
         paths = [str(self.spec.site), str(TEST), os.environ.get("PYTHONPATH", "")]
         command = [
             sys.executable,
-            *("-m", "standin.launch_server"),
+            *("-m", "mla_standin.launch_server"),
             *("--model-path", str(self.spec.model)),
             *("--host", "127.0.0.1", "--port", str(port)),
             *COMMON,
@@ -301,6 +302,12 @@ class Server:
 
     def record(self) -> dict[str, Any]:
         """The stand-ins' records of all processes, added up."""
+        if self.alive():
+            # What the last half second left unwritten goes with another call, to each
+            # of two data-parallel ranks in turn.
+            time.sleep(1.2 * RECORD_EVERY)
+            for _ in range(2):
+                self.get("/health_generate")
         merged: dict[str, Any] = {
             "calls": {},
             "nan": {},

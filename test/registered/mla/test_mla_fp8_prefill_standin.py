@@ -2,7 +2,7 @@
 server with SGLANG_MLA_FP8_PREFILL=off.
 
 The model is of DeepSeek-V3's architecture, small, with random weights. Only the attention
-kernels, which need SM100, are not the real ones: test/standin/ takes their place.
+kernels, which need SM100, are not the real ones: test/mla_standin/ takes their place.
 """
 
 import json
@@ -31,7 +31,7 @@ from sglang.test.test_utils import (
 
 register_cuda_ci(est_time=240, stage="stage-b", runner_config="1-gpu-large")
 
-# The folder of the packages `standin` and `e2e`.
+# The folder of the package `mla_standin`.
 TEST = Path(__file__).resolve().parents[2]
 FP8 = "float8_e4m3fn"
 VOCAB = 4096
@@ -98,7 +98,7 @@ def run_server(model: Path, attention_backend: str, producer: str, folder: Path)
     folder.mkdir()
     log = folder / "log.txt"
     url = f"http://{HOST}:{PORTS[producer]}"
-    command = [sys.executable, "-m", "standin.launch_server"]
+    command = [sys.executable, "-m", "mla_standin.launch_server"]
     command += ["--model-path", str(model), "--skip-tokenizer-init"]
     command += ["--host", HOST, "--port", str(PORTS[producer])]
     command += ["--attention-backend", attention_backend]
@@ -150,7 +150,7 @@ class HookOnAgainstOff:
     @classmethod
     def setUpClass(cls):
         sys.path.insert(0, str(TEST))
-        from e2e.models import make_model
+        from mla_standin.models import make_model
 
         with tempfile.TemporaryDirectory() as work:
             model = Path(work, "model")

@@ -1,7 +1,7 @@
 """Stands in for `python -m sglang.launch_server` where there is no SM100 GPU: the same
-server, with the same arguments, on the kernels of `standin.kernels`."""
+server, with the same arguments, on the kernels of `mla_standin.kernels`."""
 
-from standin.install import install
+from mla_standin.install import install
 
 # At the top level: the server's workers, which are spawned, import this module.
 install()

@@ -4,7 +4,7 @@ Real MLA dimensions, norm weights round 1, a few outlier channels in the latent 
 trained models have), softmax neither flat nor one-hot. Saved by transformers, so that
 its own forward is an independent reference.
 
-    python -m e2e.models deepseek_v3 FOLDER
+    python -m mla_standin.models deepseek_v3 FOLDER
 """
 
 from __future__ import annotations
@@ -68,16 +68,17 @@ KINDS = {
     ),
     # K and V scales of attn_mha, which SGLang gives to its prefill kernels.
     "scaled": {},
-    # One rank's layers of DeepSeek-V3 under data-parallel attention, to time.
+    # One rank's layers of DeepSeek-V3 under data-parallel attention, to time. The MLP is
+    # that of a dense layer, and as large as the nine experts of 2048 a token meets.
     "deepseek_v3_wide": dict(
         hidden_size=7168,
-        intermediate_size=2048,
+        intermediate_size=18432,
         num_attention_heads=128,
         num_key_value_heads=128,
         vocab_size=512,
     ),
     # The same at tensor parallel size 8.
-    "deepseek_v3_tp8": dict(hidden_size=7168, intermediate_size=2048, vocab_size=512),
+    "deepseek_v3_tp8": dict(hidden_size=7168, intermediate_size=2304, vocab_size=512),
     # For tests of the suite itself on a CPU.
     "tiny": dict(
         vocab_size=128,

@@ -1,5 +1,5 @@
 """Stands in for tokenspeed_mla and trtllm-gen in a process that runs SGLang: puts the
-functions of `standin.kernels` where SGLang finds the real ones, and opens the checks
+functions of `mla_standin.kernels` where SGLang finds the real ones, and opens the checks
 for a Blackwell GPU that come before them. Everything else stays the real one."""
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from standin import kernels
+from mla_standin import kernels
 
 
 def tokenspeed_module() -> ModuleType:

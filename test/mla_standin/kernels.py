@@ -30,6 +30,7 @@ from typing import Any, Callable, Optional, Sequence
 import torch
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+RECORD_EVERY = 0.5
 # Logits held at a time.
 BLOCK_BYTES = 1 << 30
 # Names of the profiler ranges that the stand-ins run in.
@@ -63,7 +64,8 @@ class Record:
      "nan": {"q": n, "k": n, "v": n, "out": n},  elements of real tokens
      "compiled": […], "late_compiles": […]}
 
-    Written when something new is seen and about twice a second.
+    Written when something new is seen, and at a call more than RECORD_EVERY seconds after
+    the last writing, without that call's own NaN.
     """
 
     def __init__(self, folder: Optional[str]):
@@ -82,7 +84,7 @@ class Record:
         new = key not in self.calls
         self.calls[key] += 1
         self.tokens[key] += tokens
-        if new or time.monotonic() - self._written > 0.5:
+        if new or time.monotonic() - self._written > RECORD_EVERY:
             self.write()
 
     def count_nan(self, **tensors: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import random
@@ -382,7 +383,14 @@ def test_a_flush_that_fails_is_reported(serve):
 
 def test_a_death_under_load_is_reported_shortly(serve):
     server = serve()
-    threading.Timer(0.1, server.kill).start()
+    calls, generate = itertools.count(), server.generate
+
+    def dying(request):
+        if next(calls) == 60:  # of the first wave's 80
+            server.kill()
+        return generate(request)
+
+    server.generate = dying
     began = time.monotonic()
     result = small_storm(server)
     assert found(result, "server is down in wave")

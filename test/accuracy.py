@@ -15,8 +15,6 @@ import contextlib
 import datetime
 import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -29,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import torch
+from patched_sglang import call_elsewhere
 from sglang_cpu import DEVICE, HAS_GPU
 
 # What imports SGLang is imported late: `main` first puts the patched one on the path.
@@ -333,23 +332,9 @@ def serve(source: str, target: str) -> None:
 def run_unpatched(
     site: Path, shape: Shape, lens: Sequence[int], layers: Sequence[Activations]
 ) -> dict:
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder, "inputs"), Path(folder, "results")
-        # Plain containers: this module may have another name on the other side.
-        inputs = dict(shape=vars(shape), lens=lens, layers=[vars(x) for x in layers])
-        torch.save(inputs, source)
-        path = [str(site), str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH")]
-        code = "import sys, accuracy; accuracy.serve(*sys.argv[1:])"
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(source), str(target)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
-            cwd=folder,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode != 0:
-            raise RuntimeError(f"the unpatched SGLang failed:\n{done.stderr[-4000:]}")
-        return torch.load(target, weights_only=False)
+    # Plain containers: this module may have another name on the other side.
+    inputs = dict(shape=vars(shape), lens=lens, layers=[vars(x) for x in layers])
+    return call_elsewhere(site, "accuracy", inputs)
 
 
 def spacing(x: torch.Tensor) -> torch.Tensor:

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 CHUNK = 8192
 CASES = [(heads, chunks) for heads in (128, 16) for chunks in (0, 1, 4)]
 HOST_TOKENS = (1, 8, 128)
@@ -179,22 +178,16 @@ def main() -> None:
         host = [host_microseconds(n, options.peers) for n in HOST_TOKENS]
         print(json.dumps({"gpu": gpu, "host": host}))
         return
-    sys.path[:0] = [str(HERE), str(HERE.parent)]
     import patched_sglang
 
     results = []
     for tree in patched_sglang.lay_out(options.sglang):
-        path = [str(tree), str(HERE), os.environ.get("PYTHONPATH", "")]
-        done = subprocess.run(
-            [sys.executable, __file__, "--measure"]
-            + (["--peers", options.peers] if options.peers else []),
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode != 0:
-            sys.exit(done.stderr[-4000:])
-        results.append(json.loads(done.stdout.splitlines()[-1]))
+        peers = ["--peers", options.peers] if options.peers else []
+        try:
+            output = patched_sglang.run_python(tree, __file__, "--measure", *peers)
+        except RuntimeError as error:
+            sys.exit(str(error))
+        results.append(json.loads(output.splitlines()[-1]))
     before, after = results
     print(f"trtllm_mla, {CHUNK} new tokens, prefix chunks of {CHUNK}; us per layer")
     columns = ("heads", "chunks", "unpatched", "patched", "ratio", "launches")

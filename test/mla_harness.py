@@ -19,30 +19,28 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import math
 import os
-import pickle
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, Callable, Iterator, Optional, Sequence
 
 import sglang_cpu
 import torch
 from mla_standin import kernels
 from mla_standin.install import tokenspeed_module
+from patched_sglang import call_elsewhere
 from sglang_cpu import DEVICE, HAS_GPU
 
 sglang_cpu.install()
 
 from transformers import PretrainedConfig
 
+from prefill_patch.selftest import load_reference
 from sglang.srt import server_args as server_args_module
 from sglang.srt.batch_overlap.two_batch_overlap import (
     TboForwardBatchPreparer,
@@ -127,18 +125,8 @@ class Dims:
         return cls(heads, nope=24, rope=16, v=40, kv_lora=64, q_lora=56, hidden=48)
 
 
-def _fp8_reference() -> ModuleType:
-    """The kernels' float64 reference, from its file: the unpatched SGLang has none."""
-    folder = Path(__file__).resolve().parent.parent / "python/sglang/jit_kernel/tests"
-    spec = importlib.util.spec_from_file_location(
-        "fp8_reference", folder / "fp8_reference.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-_reference = _fp8_reference()
+# From its file: the unpatched SGLang has none.
+_reference = load_reference()
 fp8_values = _reference.finite_values
 fp8_ulps = _reference.ulps_off
 rope64 = _reference.rotate
@@ -1002,26 +990,12 @@ def run_elsewhere(site: Path, scenarios: Sequence[Scenario]) -> list[Result]:
     """Run scenarios on the SGLang in the folder `site`, in a process of its own."""
     if not Path(site, "sglang", "__init__.py").is_file():
         raise ValueError(f"{site} holds no sglang package; give the folder it lies in")
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder, "scenarios"), Path(folder, "results")
-        source.write_bytes(pickle.dumps(list(scenarios)))
-        paths = [str(site), str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
-        code = "import sys, mla_harness; mla_harness.serve(*sys.argv[1:])"
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(source), str(target)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-            cwd=folder,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode != 0:
-            raise RuntimeError(f"scenarios failed on {site}:\n{done.stderr[-4000:]}")
-        return torch.load(target, weights_only=False)
+    return call_elsewhere(site, "mla_harness", list(scenarios))
 
 
 def serve(source: str, target: str) -> None:
     """The other end of `run_elsewhere`."""
-    results = [scenario.run() for scenario in pickle.loads(Path(source).read_bytes())]
+    results = [scenario.run() for scenario in torch.load(source, weights_only=False)]
     torch.save([dataclasses.replace(r, forward_batch=None) for r in results], target)
 
 

@@ -1,20 +1,24 @@
-"""Two copies of an SGLang below .build/: as it is, and with the patch applied."""
+"""Two copies of an SGLang below .build/, as it is and with the patch applied, and
+processes that import one of them."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import io
+import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Optional
 
 from prefill_patch import SOURCE, cli
 from prefill_patch.target import open_target
 
-BUILD = Path(__file__).resolve().parent.parent / ".build"
+TEST = Path(__file__).resolve().parent
+BUILD = TEST.parent / ".build"
 
 
 class Trees(NamedTuple):
@@ -63,3 +67,32 @@ def lay_out(sglang: str) -> Trees:
             if not folder.is_dir():  # else another process was faster
                 raise
     return trees
+
+
+def run_python(site: Path, *arguments: str, cwd: Optional[str] = None) -> str:
+    """What Python prints, run with the SGLang of the folder `site` and this project to
+    import; raises with the end of its errors if it fails."""
+    paths = [str(site), str(TEST), str(TEST.parent), os.environ.get("PYTHONPATH")]
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"failed on {site}:\n{done.stderr[-4000:]}")
+    return done.stdout
+
+
+def call_elsewhere(site: Path, module: str, inputs: Any) -> Any:
+    """`module.serve(source, target)` on the SGLang of the folder `site`, in a process of
+    its own: it finds the inputs in one file and leaves its result in the other."""
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "inputs"), Path(folder, "results")
+        torch.save(inputs, source)
+        code = f"import sys, {module}; {module}.serve(*sys.argv[1:])"
+        run_python(site, "-c", code, str(source), str(target), cwd=folder)
+        return torch.load(target, weights_only=False)

@@ -50,7 +50,7 @@ from e2e.pairs import (
     side_by_side,
     two_gpu_cases,
 )
-from e2e.servers import Server, kill_all
+from e2e.servers import Server, kill_all, start_all
 from mla_standin.models import VOCAB
 
 from prefill_patch.target import open_target
@@ -82,7 +82,7 @@ def run_load(run: Run, name: str) -> dict[str, Any]:
         driven = side_by_side(*(lambda s=s: drive(s) for s in servers))
         problems = []
         for server, parts in zip(servers, driven):
-            side = "patched" if server.spec.patched else "unpatched"
+            side = server.spec.side
             parts["answers"] = load.compare_answers(
                 parts["storm"], parts["quiet"], reference
             )
@@ -102,8 +102,7 @@ def run_retractions(run: Run, name: str) -> dict[str, Any]:
     env = {**NATURAL, **load.RETRACTION_ENV}
     case = Case("retractions", name, args, (), env=env)
     with run.slots, run.server(case, True) as server:
-        server.start()
-        server.wait(420)
+        start_all([server])
         result = load.retractions(server, vocab=VOCAB)
         problems = check_record(server)[1]
     problems += [f"retractions, {name}: {problem}" for problem in result["problems"]]
@@ -113,12 +112,10 @@ def run_retractions(run: Run, name: str) -> dict[str, Any]:
 def run_kill(run: Run) -> dict[str, Any]:
     case = Case("kill", TRTLLM, backend(TRTLLM) + chunked(2048), (), env=NATURAL)
     with run.server(case, True) as server, run.server(case, True) as fresh:
-        server.start()
-        server.wait(420)
+        start_all([server])
 
         def start() -> Server:
-            fresh.start()
-            fresh.wait(420)
+            start_all([fresh])
             return fresh
 
         result = load.kill_worker(server, load.workload(200, 3, VOCAB), start)
@@ -145,10 +142,7 @@ def run_profile(run: Run) -> Iterator[dict[str, Any]]:
                     for patched in (False, True)
                 ]
         servers = [server for pair in pairs.values() for server in pair]
-        for server in servers:
-            server.start()
-        for server in servers:
-            server.wait(420)
+        start_all(servers)
         for (kind, name), pair in pairs.items():
             layers = [
                 profiles.profiles(server, vocab, sizes, prefixes) for server in pair
@@ -307,17 +301,18 @@ def run_all(run: Run, sections: Sequence[str], file: Path) -> dict[str, Any]:
     labels: dict[str, list[str]] = {section: [] for section in sections}
     for section, label, _ in together + alone:
         labels[section].append(label)
-    for section in {"compare", "parallel"} & labels.keys():
+    compared = [section for section in ("compare", "parallel") if section in sections]
+    for section in compared:
         labels[section].append(POOLED)
     results = Results(file, labels, machine(run))
     if together:
         with ThreadPoolExecutor(len(together) + 1) as pool:
             # While the first servers come up.
-            kinds = [job.args[1] for _, _, job in together if job.func is run_case]
-            pool.submit(references.prefetch, kinds)
+            cases = [job.args[1] for _, _, job in together if job.func is run_case]
+            pool.submit(references.prefetch, cases)
             for job in together:
                 pool.submit(results.run, *job)
-        for section in {"compare", "parallel"} & labels.keys():
+        for section in compared:
             answers = results.answers[section]
             job = functools.partial(pool_all, references, answers)
             results.run(section, POOLED, job)

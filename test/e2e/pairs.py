@@ -16,7 +16,7 @@ import patched_sglang
 import torch
 from e2e import compare
 from e2e.reference import Reference
-from e2e.servers import Server, ServerSpec
+from e2e.servers import Server, ServerSpec, start_all
 from mla_standin.models import VOCAB, make_model
 
 TOKENSPEED, TRTLLM = "tokenspeed_mla", "trtllm_mla"
@@ -272,10 +272,7 @@ class Run:
     def pair(self, case: Case, stack: ExitStack) -> list[Server]:
         """The unpatched and the patched server of a case, up."""
         servers = [stack.enter_context(self.server(case, p)) for p in (False, True)]
-        for server in servers:
-            server.start()
-        for server in servers:
-            server.wait(420)
+        start_all(servers)
         return servers
 
 
@@ -287,7 +284,7 @@ def side_by_side(*calls: Callable[[], Any]) -> list[Any]:
 def check_record(server: Server) -> tuple[dict[str, Any], list[str]]:
     """What the stand-ins were handed, and what is wrong with it."""
     record = server.record()
-    name = f"{server.spec.name}, {'patched' if server.spec.patched else 'unpatched'}"
+    name = f"{server.spec.name}, {server.spec.side}"
     problems = []
     prefills = [call for call in record["calls"] if "causal" in call]
     if not prefills:
@@ -343,7 +340,7 @@ def run_case(run: Run, case: Case, questions: Questions, references: References)
             record, wrong = check_record(server)
             if case.padding and not any(call.get("padded") for call in record["calls"]):
                 wrong.append(f"{case.name}, {case.backend}: no batch was padded")
-            records["patched" if server.spec.patched else "unpatched"] = record
+            records[server.spec.side] = record
             problems += wrong
         driven = time.monotonic()
     comparisons = []

@@ -50,6 +50,10 @@ class ServerSpec:
     env: Mapping[str, str] = field(default_factory=dict)
     gpus: tuple[int, ...] = (0,)
 
+    @property
+    def side(self) -> str:
+        return "patched" if self.patched else "unpatched"
+
 
 @dataclass
 class Request:
@@ -137,6 +141,23 @@ def free_port() -> int:
 _running: set["Server"] = set()
 
 
+def start_all(servers: Sequence["Server"]) -> None:
+    """Until all of them, coming up side by side, answer."""
+    for server in servers:
+        server.start()
+    for server in servers:
+        server.wait()
+
+
+def _kill(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(processes, timeout=30)
+
+
 def kill_all() -> None:
     """SIGKILL to every process of every server here."""
     for server in list(_running):
@@ -148,8 +169,7 @@ class Server:
 
     def __init__(self, spec: ServerSpec, folder: Path):
         self.spec = spec
-        side = "patched" if spec.patched else "unpatched"
-        slug = "".join(c if c.isalnum() else "-" for c in f"{spec.name}-{side}")
+        slug = "".join(c if c.isalnum() else "-" for c in f"{spec.name}-{spec.side}")
         self.folder = Path(folder, slug)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log = self.folder / "log"
@@ -203,7 +223,7 @@ class Server:
     def _tail(self, characters: int = 3000) -> str:
         return self.log.read_text(errors="replace")[-characters:]
 
-    def wait(self, seconds: float = 300) -> None:
+    def wait(self, seconds: float = 420) -> None:
         """Until the server answers; raises with the end of its log if it ended."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -339,13 +359,7 @@ class Server:
         if pid is not None:
             os.kill(pid, signal.SIGKILL)
             return
-        processes = self.processes()
-        for process in processes:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
-        psutil.wait_procs(processes, timeout=30)
+        _kill(self.processes())
 
     def stop(self) -> None:
         if self.process is None:
@@ -353,10 +367,6 @@ class Server:
         processes = self.processes()
         self.process.terminate()
         psutil.wait_procs(processes, timeout=2)
-        for process in processes:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
+        _kill(processes)
         self.process.wait(timeout=30)
         _running.discard(self)

@@ -706,19 +706,18 @@ CHUNKS = dict(extend_lens=[5, 1, 3], prefix_lens=[12, 0, 7])
 FOR_FLASHINFER = Dims.deepseek_v3(2)
 
 
-def _heads(count: int) -> Case:
-    return Case(
-        f"heads-{count}",
-        f"a tensor-parallel shard with {count} head{'s' * (count > 1)}",
-        Run(
-            env=dict(dims=Dims.tiny(heads=count)),
-            batch=dict(extend_lens=[3, 2], prefix_lens=[4, 0], chunks=1),
-        ),
-    )
-
-
 def _both(name: str, title: str, run: Run, outcome: Outcome = TAKEN, **kwargs) -> Case:
     return Case(name, title, run, outcome, outcome, **kwargs)
+
+
+def _dims(name: str, title: str, dims: Dims) -> Case:
+    batch = dict(extend_lens=[3, 2], prefix_lens=[4, 0], chunks=1)
+    return _both(name, title, Run(env=dict(dims=dims), batch=batch))
+
+
+def _heads(count: int) -> Case:
+    title = f"a tensor-parallel shard with {count} head{'s' * (count > 1)}"
+    return _dims(f"heads-{count}", title, Dims.tiny(heads=count))
 
 
 CASES = [
@@ -1010,38 +1009,10 @@ CASES = [
             batch=dict(extend_lens=[5, 3], prefix_lens=[8, 0], chunks=1),
         ),
     ),
-    _both(
-        "v2-lite",
-        "DeepSeek-V2-Lite dimensions (no q_lora)",
-        Run(
-            env=dict(dims=Dims.v2_lite(2)),
-            batch=dict(extend_lens=[3, 2], prefix_lens=[4, 0], chunks=1),
-        ),
-    ),
-    _both(
-        "glm",
-        "GLM-4.7-Flash and GLM-5 dimensions",
-        Run(
-            env=dict(dims=Dims.glm_4_7_flash(5)),
-            batch=dict(extend_lens=[3, 2], prefix_lens=[4, 0], chunks=1),
-        ),
-    ),
-    _both(
-        "mistral-4",
-        "Mistral 4 dimensions",
-        Run(
-            env=dict(dims=Dims.mistral4(4)),
-            batch=dict(extend_lens=[3, 2], prefix_lens=[4, 0], chunks=1),
-        ),
-    ),
-    _both(
-        "odd-dims",
-        "dimensions that are no powers of two",
-        Run(
-            env=dict(dims=Dims.odd(3)),
-            batch=dict(extend_lens=[3, 2], prefix_lens=[4, 0], chunks=1),
-        ),
-    ),
+    _dims("v2-lite", "DeepSeek-V2-Lite dimensions (no q_lora)", Dims.v2_lite(2)),
+    _dims("glm", "GLM-4.7-Flash and GLM-5 dimensions", Dims.glm_4_7_flash(5)),
+    _dims("mistral-4", "Mistral 4 dimensions", Dims.mistral4(4)),
+    _dims("odd-dims", "dimensions that are no powers of two", Dims.odd(3)),
     *(_heads(count) for count in (1, 2, 5, 8, 10, 16)),
     _both(
         "no-rope",

@@ -94,6 +94,11 @@ class HookCall:
                 self.forward_batch,
             )
 
+    def assert_refused(self, error: type, match: str):
+        with pytest.raises(error, match=match):
+            self()
+        self.assert_nothing_touched()
+
     def assert_nothing_touched(self):
         assert self.projections == 0
         cache = self.env.pool.kv_buffer[0]
@@ -188,11 +193,8 @@ class TestTaken:
     def test_tokenspeed_takes_no_scales(self, scales):
         k_scale, v_scale = scales
         call = hook_call("tokenspeed_mla", k_scale=k_scale, v_scale=v_scale)
-        call.projections = 0
         message = f"k_scale_float={k_scale or 1.0} and v_scale_float={v_scale or 1.0}"
-        with pytest.raises(AssertionError, match=message):
-            call()
-        call.assert_nothing_touched()
+        call.assert_refused(AssertionError, message)
 
     @on_both
     def test_scales_of_one(self, backend):
@@ -465,7 +467,6 @@ class TestDeclines:
     def test_touches_nothing(self, change, reason, backend):
         call = hook_call(backend)
         change(self, call)
-        call.projections = 0
         inputs = [call.q, call.kv_a, call.k_pe, call.positions]
         before = [x.clone() for x in inputs]
         assert call() is None and call() is None
@@ -514,7 +515,6 @@ class TestSwitch:
     def test_off(self, value, backend, monkeypatch):
         monkeypatch.setenv(SWITCH, value)
         call = hook_call(backend)
-        call.projections = 0
         assert call() is None
         call.assert_nothing_touched()
         assert not call.env.backend.prefill_declines
@@ -546,7 +546,6 @@ class TestNoHook:
         assert AttentionBackend.prepare_prefill_qkv is None
         call = hook_call("trtllm_mla")
         call.forward_batch.attn_backend = batch_cases.RaggedBackend()
-        call.projections = 0
         assert call() is None
         call.assert_nothing_touched()
 
@@ -1058,11 +1057,8 @@ class TestIndexCheck:
         assert call.env.cos_sin_cache.shape[0] == 512
         call.positions = call.positions.clone()
         call.positions[3], call.positions[6] = value, value
-        call.projections = 0
         message = rf"positions\[3\] = {value} is out of range \[0, 512\) in layer 0"
-        with pytest.raises(IndexError, match=message):
-            call()
-        call.assert_nothing_touched()
+        call.assert_refused(IndexError, message)
 
     @on_both
     @pytest.mark.parametrize("value", [576, -7])
@@ -1071,11 +1067,8 @@ class TestIndexCheck:
         slots = call.batch.out_cache_loc.clone()
         slots[5], slots[7] = value, value
         call.forward_batch.out_cache_loc = slots
-        call.projections = 0
         message = rf"out_cache_loc\[5\] = {value} is out of range \[0, 576\) in layer 0"
-        with pytest.raises(IndexError, match=message):
-            call()
-        call.assert_nothing_touched()
+        call.assert_refused(IndexError, message)
 
     @on_both
     @pytest.mark.parametrize("rope", ["default", None])
@@ -1094,12 +1087,10 @@ class TestIndexCheck:
         monkeypatch.setenv(SWITCH, "composed")
         dims = dataclasses.replace(Dims.tiny(), **dims)
         call = hook_call("trtllm_mla", dims=dims)
-        call.projections = 0
         assert call() is None
         call.assert_nothing_touched()
         monkeypatch.setenv(SWITCH, "fused")
         call = hook_call("trtllm_mla", dims=dims, pool_class=OwnWriterPool)
-        call.projections = 0
         assert call() is None
         assert call.env.backend.prefill_declines == {f"KV pool {ODD_DIMS}": 1}
         call.assert_nothing_touched()

@@ -236,8 +236,8 @@ class MLAFP8PrefillMixin:
             outcome = f"declined, {self._prefill_off}"
         elif producer is None:
             outcome = f"declined, {type(pool).__name__} takes no FP8 rows"
-        elif producer == COMPOSED and self._composed_lack() is not None:
-            outcome = f"declined, {type(pool).__name__} {self._composed_lack()}"
+        elif producer == COMPOSED and (lack := self._composed_lack()):
+            outcome = f"declined, {type(pool).__name__} {lack}"
         elif COMPOSED in (producer, self._prefill_producer):
             outcome = f"with the {COMPOSED} producer"
         else:
@@ -254,8 +254,8 @@ class MLAFP8PrefillMixin:
             return f"the KV cache is {self.data_type}, not {FP8}"
         if self.q_data_type not in (torch.bfloat16, torch.float16):
             return f"the model is {self.q_data_type}, not bfloat16 or float16"
-        if self._prefill_producer == COMPOSED and self._composed_lack() is not None:
-            return f"SGLANG_MLA_FP8_PREFILL=composed {self._composed_lack()}"
+        if self._prefill_producer == COMPOSED and (lack := self._composed_lack()):
+            return f"SGLANG_MLA_FP8_PREFILL=composed {lack}"
         return None
 
     def _composed_lack(self) -> Optional[str]:
@@ -369,8 +369,8 @@ class MLAFP8PrefillMixin:
         producer = self._pool_checked[1]
         if producer is None:
             return "KV pool"
-        if producer == COMPOSED and self._composed_lack() is not None:
-            return f"KV pool {self._composed_lack()}"
+        if producer == COMPOSED and (lack := self._composed_lack()):
+            return f"KV pool {lack}"
         return None
 
     def _prefill_scale_invs(self, layer: RadixAttention) -> tuple[float, float]:

@@ -326,6 +326,24 @@ def test_aborts_without_effect_are_reported(serve):
     assert found(small_storm(server), "none of 12 aborts took effect")
 
 
+def test_aborts_partway_through_a_prefill(serve):
+    result = load.abort_prefills(serve(), VOCAB, times=6, seed=3)
+    assert result["problems"] == []
+    assert result["aborts"]["in_prefill"] >= 4 and result["aborts"]["asked"] == 6
+    assert result["requests"] == 30 and result["prefill_seconds"] > 0.01
+
+
+def test_what_goes_wrong_at_an_abort_in_prefill_is_reported(serve):
+    result = load.abort_prefills(serve("leaks"), VOCAB, times=3)
+    assert found(result, "after prefill-0-000010", "pool tokens are available")
+    result = load.abort_prefills(serve("nan"), VOCAB, times=3)
+    assert found(result, "prefill-0-000011: 1 of 4 output_logprobs are NaN")
+    server = serve()
+    server.abort = lambda rid=None: None
+    result = load.abort_prefills(server, VOCAB, times=2)
+    assert found(result, "none of 2 aborts found its request in prefill")
+
+
 @pytest.mark.parametrize("message", load.ABORTED)
 def test_only_an_abort_that_was_asked_for_is_no_fault(message):
     request = Request([1, 2, 3], 4, logprob_start=2, rid="load-5-000000")
@@ -652,6 +670,7 @@ def test_the_page_has_the_figures(serve):
     server = serve()
     before = load.snapshot(server, server.gpu_used)
     parts = dict(storm=small_storm(server))
+    parts["prefills"] = load.abort_prefills(server, VOCAB, times=3)
     parts["leaks"] = load.leaks(server, before, gpu_used=server.gpu_used)
     parts["quiet"] = load.quiet(server, REQUESTS, sample=20)
     parts["answers"] = load.compare_answers(parts["storm"], parts["quiet"])
@@ -671,4 +690,5 @@ def test_the_page_has_the_figures(serve):
     assert "Not complete" not in page and "problem" not in page.lower()
     storm = side["storm"]
     assert f"| trtllm_mla | patched | {storm['complete']} of 240 |" in page
+    assert f"| {side['prefills']['aborts']['in_prefill']} of 3 |" in page
     assert "a pool of 4096 tokens" in page and "8 of 8 answers bit for bit" in page

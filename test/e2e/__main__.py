@@ -62,7 +62,7 @@ POOLED = "everything together"
 
 def run_load(run: Run, name: str) -> dict[str, Any]:
     """A storm on both servers of a backend, and what is left of it."""
-    count, sample = (300, 40) if run.quick else (2000, 150)
+    count, sample, times = (300, 40, 4) if run.quick else (2000, 150, 16)
     case = Case("load", name, backend(name) + chunked(2048), (), env=NATURAL)
     results: dict[str, Any] = {}
     reference = None
@@ -75,9 +75,11 @@ def run_load(run: Run, name: str) -> dict[str, Any]:
             first = load.storm(server, warm, seed=2, abort_share=0, flushes=1)
             before = load.snapshot(server)
             stormed = load.storm(server, requests, seed=1)
+            prefills = load.abort_prefills(server, VOCAB, times=times)
             after = load.leaks(server, before)
             alone = load.quiet(server, requests, sample=sample)
-            return dict(first=first, storm=stormed, leaks=after, quiet=alone)
+            parts = dict(first=first, storm=stormed, prefills=prefills)
+            return {**parts, "leaks": after, "quiet": alone}
 
         driven = side_by_side(*(lambda s=s: drive(s) for s in servers))
         problems = []

@@ -112,7 +112,7 @@ def storm(
     problems = _Problems()
     rng = random.Random(f"storm {seed}")
     began = time.monotonic()
-    aborts = _Aborts(server, requests, abort_share, rng)
+    aborts = _StormAborts(server, requests, abort_share, rng)
     sent = _with_run(requests, "storm")
     answers = [None] * len(requests)
     tally = {"at_lulls": 0, "refused": 0, "done_under_load": 0}
@@ -175,6 +175,76 @@ def storm(
         "seed": seed,
         "indices": list(range(len(requests))),
         "answers": answers,
+        "problems": problems.listed(),
+    }
+
+
+def abort_prefills(
+    server,
+    vocab: int,
+    tokens: int = 8192,
+    times: int = 16,
+    seed: int = 0,
+    patience: float = 60.0,
+) -> dict:
+    """Prompts of several chunks aborted at a random part of their prefill, each with
+    four short requests that share its chunks and must be answered in full.
+
+    A storm's aborts find their requests in the queue; here little is queued. What the
+    prefill takes is measured first.
+    """
+    problems = _Problems()
+    rng = random.Random(f"prefills {seed}")
+
+    def request(index, length):
+        return Request(
+            input_ids=[rng.randrange(vocab) for _ in range(length)],
+            max_new_tokens=4,
+            logprob_start=length - 1,
+            rid=f"prefill-{seed}-{index:06d}",
+        )
+
+    began = time.monotonic()
+    _drain_and_flush(server, problems, "before the aborted prefills")
+    pool = _pool(server, problems, "before the aborted prefills")
+    taken = []
+    for index in range(3):
+        alone = request(index, tokens)
+        sent = time.monotonic()
+        answer = _generate(server, _with_run([alone], "alone")[0])
+        taken.append(time.monotonic() - sent)
+        problems.extend(f"{alone.rid}: {fault}" for fault in faults(alone, answer))
+    fates = dict.fromkeys(FATES, 0)
+    for index in range(10, 10 + 10 * times, 10):
+        if not server.alive():
+            problems.add("the server is down")
+            break
+        requests = [request(index, tokens)]
+        requests += [request(index + k, rng.randint(1, 300)) for k in range(1, 5)]
+        aborts = _Aborts(server, {0: rng.uniform(0.1, 0.9) * min(taken)})
+        drive = _Drive(server, _with_run(requests, "abort"), len(requests))
+        drive.around = aborts.around
+        answers = drive.run(patience)
+        problems.extend(drive.problems + aborts.problems)
+        for k, (asked, answer) in enumerate(zip(requests, answers)):
+            for fault in faults(asked, answer, may_abort=k == 0):
+                problems.add(f"{asked.rid}: {fault}")
+        fates[_fate(answers[0])] += 1
+        where = f"after {requests[0].rid}"
+        _drain(server, problems, where)
+        _same_pool(pool, _pool(server, problems, where), problems, where)
+    if not fates["in_prefill"]:
+        problems.add(
+            f"none of {times} aborts found its request in prefill: {fates}; the "
+            "prompts are too short for this GPU"
+        )
+    return {
+        "requests": 5 * times,
+        "tokens": tokens,
+        "aborts": {"asked": times, **fates},
+        "prefill_seconds": round(min(taken), 3),
+        "seconds": round(time.monotonic() - began, 3),
+        "seed": seed,
         "problems": problems.listed(),
     }
 
@@ -679,40 +749,27 @@ class _Drive:
 
 
 class _Aborts:
-    """Aborts a share of the requests: half of them among the longest tenth, whose
-    prefill is long; half after at most 80 ms, when little is queued before them, and
-    half at a random part of the time that requests have been taking."""
+    """Aborts requests, by index, so many seconds after they are sent."""
 
-    def __init__(self, server, requests, share, rng):
-        count = round(share * len(requests))
-        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].input_ids))
-        longest = order[: max(len(order) // 10, count)]
-        chosen = set(rng.sample(longest, count // 2))
-        others = [i for i in order if i not in chosen]
-        chosen |= set(rng.sample(others, count - len(chosen)))
-        self.chosen = {i: (rng.random(), rng.random() < 0.5) for i in sorted(chosen)}
+    def __init__(self, server, after):
         self.sent = 0
         self.problems = []
         self._server = server
-        self._recent = deque([0.1], maxlen=50)
+        self._after = after
         self._lock = threading.Lock()
 
+    def seconds(self, index):
+        return self._after.get(index)
+
     def around(self, index, rid, send):
-        timer = None
-        if index in self.chosen:
-            part, early = self.chosen[index]
-            with self._lock:
-                longest = 0.08 if early else 0.8 * statistics.median(self._recent)
-            timer = threading.Timer(max(0.005, part * longest), self._abort, [rid])
-            timer.daemon = True
-            timer.start()
-        began = time.monotonic()
+        after = self.seconds(index)
+        if after is None:
+            return send()
+        timer = threading.Timer(after, self._abort, [rid])
+        timer.daemon = True
+        timer.start()
         answer = send()
-        if timer is not None:
-            timer.cancel()
-        else:
-            with self._lock:
-                self._recent.append(time.monotonic() - began)
+        timer.cancel()
         return answer
 
     def _abort(self, rid):
@@ -722,6 +779,39 @@ class _Aborts:
                 self.sent += 1
         except Exception as error:
             self.problems.append(f"abort of {rid}: {type(error).__name__}: {error}")
+
+
+class _StormAborts(_Aborts):
+    """Aborts a share of the requests: half of them among the longest tenth, whose
+    prefill is long; half after at most 80 ms, when little is queued before them, and
+    half at a random part of the time that requests have been taking."""
+
+    def __init__(self, server, requests, share, rng):
+        super().__init__(server, {})
+        count = round(share * len(requests))
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].input_ids))
+        longest = order[: max(len(order) // 10, count)]
+        chosen = set(rng.sample(longest, count // 2))
+        others = [i for i in order if i not in chosen]
+        chosen |= set(rng.sample(others, count - len(chosen)))
+        self.chosen = {i: (rng.random(), rng.random() < 0.5) for i in sorted(chosen)}
+        self._recent = deque([0.1], maxlen=50)
+
+    def seconds(self, index):
+        if index not in self.chosen:
+            return None
+        part, early = self.chosen[index]
+        with self._lock:
+            longest = 0.08 if early else 0.8 * statistics.median(self._recent)
+        return max(0.005, part * longest)
+
+    def around(self, index, rid, send):
+        began = time.monotonic()
+        answer = super().around(index, rid, send)
+        if index not in self.chosen:
+            with self._lock:
+                self._recent.append(time.monotonic() - began)
+        return answer
 
 
 def _fate(answer):

@@ -148,6 +148,9 @@ def _load(section: Mapping[str, Any]) -> str:
                         str(aborts[fate])
                         for fate in ("in_queue", "in_prefill", "in_decode")
                     ),
+                    "long prompts aborted in prefill": "{in_prefill} of {asked}".format(
+                        **parts["prefills"]["aborts"]
+                    ),
                     "flushes": storm["flushes"]["at_lulls"],
                     "seconds": f"{storm['seconds']:.0f}",
                     "pool tokens held after": leaks["pool"]["used"],
@@ -283,7 +286,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         (
             "load",
             "\n## Load\n\nA storm of requests with shared prefixes, aborts and cache "
-            "flushes, 200 at once, and the same requests in quiet.\n",
+            "flushes, 200 at once; prompts of 8,192 tokens aborted partway, with short requests in "
+            "their chunks; and the storm's requests in quiet.\n",
             _load,
         ),
         ("kill", "\n## Killed in mid-batch\n", _kill),

@@ -125,13 +125,14 @@ _ports = itertools.count(20000 + 100 * random.randrange(100), 50)
 def free_port() -> int:
     """A port nobody listens on, far from those that other servers here were given.
 
-    SGLang derives more from it: 10000 above, and with data-parallel attention 233 to 245
-    above, which no multiple of 50 is.
+    The next one is free too, for NCCL. SGLang derives more from it: 10000 above, and
+    with data-parallel attention 233 to 245 above. None of them meets another server's.
     """
     for port in _ports:
-        with socket.socket() as s:
+        with socket.socket() as first, socket.socket() as second:
             try:
-                s.bind(("127.0.0.1", port))
+                first.bind(("127.0.0.1", port))
+                second.bind(("127.0.0.1", port + 1))
                 return port
             except OSError:
                 continue
@@ -197,6 +198,8 @@ class Server:
             *("-m", "mla_standin.launch_server"),
             *("--model-path", str(self.spec.model)),
             *("--host", "127.0.0.1", "--port", str(port)),
+            # SGLang's own choice may be taken by the time it listens.
+            *("--nccl-port", str(port + 1)),
             *COMMON,
             *self.spec.args,
         ]
@@ -205,6 +208,8 @@ class Server:
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in self.spec.gpus),
             "STANDIN_RECORD": str(self.folder),
+            # The session keeps connections: none may close as a request comes in.
+            "SGLANG_TIMEOUT_KEEP_ALIVE": "3600",
             **self.spec.env,
         }
         with open(self.log, "a") as log:

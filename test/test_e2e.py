@@ -7,7 +7,9 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -232,16 +234,54 @@ class TestProfiles:
             profiles.per_layer([])
 
     def test_problems(self):
-        unpatched = profiles.per_layer(profiles.layers_of(self.steps(self.LAYER)))
-        layer = ["nvjet_tst", "_mla_prefill_quantize_fp8_kernel", "RMSNormKernel"]
-        patched = profiles.per_layer(profiles.layers_of(self.steps(layer)))
+        def measured(*preparation):
+            layer = ["nvjet_tst", *preparation, "RMSNormKernel"]
+            return profiles.per_layer(profiles.layers_of(self.steps(layer)))
 
         def problems(patched):
             sides = dict(unpatched={"64": unpatched}, patched={"64": patched})
             return profiles.problems("wide, trtllm_mla", sides)
 
-        assert problems(patched) == []
-        assert len(problems(unpatched)) == 2
+        ours = "_mla_prefill_quantize_fp8_kernel"
+        unpatched = measured("rope", "concat", "fp8_cast", "fp8_cast")
+        assert problems(measured(ours)) == []
+        assert len(problems(unpatched)) == 3
+        (slower,) = problems(measured(ours, "another_kernel_with_a_long_name"))
+        assert "takes" in slower
+
+    def test_memsets_are_of_the_projections(self):
+        measured = profiles.layers_of(self.steps(["Memset (Device)", "rope"]))
+        found = profiles.per_layer(measured)
+        assert found["launches_by_part"] == {"projections": 1, "preparation": 1}
+
+    def test_ratio_of_medians(self):
+        a = np.random.default_rng(5).normal(100, 3, 60)
+        ratio, low, high = profiles.ratio_of_medians(a, 0.9 * a)
+        assert ratio == pytest.approx(0.9)
+        assert 0.85 < low < 0.9 < high < 0.95
+        assert profiles.ratio_of_medians([1.0], [2.0]) == (2, 2, 2)
+
+    def test_servers_are_timed_in_turn(self):
+        asked, cached = [], 0
+
+        def server(name):
+            def generate(request):
+                asked.append(name)
+                return Answer(seconds=len(asked), cached_tokens=cached)
+
+            spec = SimpleNamespace(name=name)
+            return SimpleNamespace(
+                spec=spec, generate=generate, flush_cache=lambda: None
+            )
+
+        pair = [server("a"), server("b")]
+        seconds = profiles.time_to_first_token(pair, 16, 4, 3)
+        assert "".join(asked) == "abba" + "abbaab"
+        assert seconds == [[5, 8, 9], [6, 7, 10]]
+        with pytest.raises(RuntimeError, match="0 cached tokens .* behind 64"):
+            profiles.time_to_first_token(pair, 16, 4, 3, prefix=64)
+        cached = 64
+        assert len(profiles.time_to_first_token(pair, 16, 4, 3, prefix=64)[1]) == 3
 
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs/e2e/results.json"
@@ -273,6 +313,7 @@ class TestReport:
             },
             "throughput": dict(unpatched=[100.0], patched=[125.0]),
             "throughput_prompt": 16,
+            "model_layers": 8,
         }
         models = {model: {"trtllm_mla": one} for model in report.MODELS}
         machine = dict(gpu="G", gpus=1, torch="t", triton="t", sglang="s", quick=False)
@@ -280,8 +321,8 @@ class TestReport:
         page = report.markdown({"profile": section})
         assert "Not complete" not in page
         assert "| 64 behind 8 | 11 -> 3 | 9 -> 1 | 126 -> 15 us | 8.40x |" in page
-        assert "| 64 | 400.00 ms | 300.00 ms | 25.0% |" in page
-        assert "| 100 tokens/s | 125 tokens/s | 25.0% |" in page
+        assert "| 8 | 64 | 400.00 ms | 300.00 ms | 25.0% (" in page
+        assert "| 100 tokens/s | 125 tokens/s | 25.0% (25.0% to 25.0%) |" in page
         # 111 us of 155 and attention's 0.17.
         assert "| 111 us | 155 us | 0 us | 71.5% |" in page
 

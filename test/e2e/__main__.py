@@ -51,7 +51,7 @@ from e2e.pairs import (
     two_gpu_cases,
 )
 from e2e.servers import Server, kill_all, start_all
-from mla_standin.models import VOCAB
+from mla_standin.models import KINDS, VOCAB
 
 from prefill_patch.target import open_target
 
@@ -131,6 +131,8 @@ def run_profile(run: Run) -> Iterator[dict[str, Any]]:
     prefixes = () if run.quick else (8192,)
     # No radix cache between timed prompts; chunks as large as the prompts.
     args = (*chunked(16384), "--max-prefill-tokens", "16384")
+    # Idle schedulers would take the CPU from the one that is timed.
+    args += ("--sleep-on-idle",)
     env = {"STANDIN_COMPUTE": "none", "SGLANG_MAX_KV_CHUNK_CAPACITY": "2048"}
     vocab = 512
     with ExitStack() as stack:
@@ -149,12 +151,15 @@ def run_profile(run: Run) -> Iterator[dict[str, Any]]:
             layers = [
                 profiles.profiles(server, vocab, sizes, prefixes) for server in pair
             ]
-            repeats = 5 if run.quick else 12
+            repeats = 5 if run.quick else 40
+            timed = {str(size): (size, repeats) for size in sizes}
+            for prefix in prefixes:
+                timed[f"{sizes[-1]} behind {prefix}"] = (sizes[-1], repeats, prefix)
             first = {
-                str(size): profiles.time_to_first_token(pair, vocab, size, repeats)
-                for size in sizes
+                size: profiles.time_to_first_token(pair, vocab, *what)
+                for size, what in timed.items()
             }
-            rate = profiles.throughput(pair, vocab, sizes[-1] // 4, 16, 3)
+            rate = profiles.throughput(pair, vocab, sizes[-1] // 4, 16, repeats // 4)
             sides = ("unpatched", "patched")
             result = {
                 "layers": dict(zip(sides, layers)),
@@ -162,6 +167,7 @@ def run_profile(run: Run) -> Iterator[dict[str, Any]]:
                     size: dict(zip(sides, seconds)) for size, seconds in first.items()
                 },
                 "throughput": dict(zip(sides, rate)),
+                "model_layers": KINDS[kind]["num_hidden_layers"],
                 "throughput_prompt": sizes[-1] // 4,
             }
             problems = profiles.problems(f"{kind}, {name}", result["layers"])

@@ -25,7 +25,8 @@ from mla_standin.kernels import CAUSAL, RANGE
 
 # Kernels of a layer that the patch has no part in, by parts of their names.
 OTHER_WORK = {
-    "projections": ("gemm", "nvjet", "cutlass", "splitk", "xmma", "cublas"),
+    # cuBLAS clears its workspace by memset; nothing else in a layer does.
+    "projections": ("gemm", "nvjet", "cutlass", "splitk", "xmma", "cublas", "memset"),
     "norms": ("norm",),
     "MLP activation": ("silu", "act_and_mul", "activation"),
     "communication": ("nccl", "all_reduce", "allreduce"),
@@ -188,17 +189,45 @@ def profiles(
     return result
 
 
+def _in_turn(i: int, servers: Sequence[Server]) -> list[tuple[int, Server]]:
+    """The servers by index, every other time backwards: ABBA."""
+    return list(enumerate(servers))[:: -1 if i % 2 else 1]
+
+
+def ratio_of_medians(
+    a: Sequence[float], b: Sequence[float], resamples: int = 10_000
+) -> tuple[float, float, float]:
+    """median(b) / median(a) and its 95% percentile bootstrap interval."""
+    rng = np.random.default_rng(0)
+    medians = [
+        np.median(rng.choice(np.asarray(x), (resamples, len(x))), axis=1)
+        for x in (a, b)
+    ]
+    low, high = np.quantile(medians[1] / medians[0], [0.025, 0.975])
+    return statistics.median(b) / statistics.median(a), float(low), float(high)
+
+
 def time_to_first_token(
-    servers: Sequence[Server], vocab: int, size: int, repeats: int
+    servers: Sequence[Server], vocab: int, size: int, repeats: int, prefix: int = 0
 ) -> list[list[float]]:
-    """Seconds for one new token of a prompt of `size` tokens, alone, for each server in
-    turn, so that all see the same machine."""
+    """Seconds for one new token of a prompt of `size` tokens behind `prefix` cached
+    ones, alone, for each server in turn, so that all see the same machine."""
     seconds: list[list[float]] = [[] for _ in servers]
+    head = tokens(7, prefix, vocab)
+    if prefix:
+        for server in servers:
+            server.generate(Request(head, 1))
     for i in range(repeats + 2):
-        for j, server in enumerate(servers):
-            answer = server.generate(Request(tokens(1000 + i, size, vocab), 1))
+        for j, server in _in_turn(i, servers):
+            prompt = head + tokens(1000 + i, size, vocab)
+            answer = server.generate(Request(prompt, 1))
             if answer.error:
                 raise RuntimeError(f"{server.spec.name}: {answer.error}")
+            if answer.cached_tokens != prefix:
+                raise RuntimeError(
+                    f"{server.spec.name}: {answer.cached_tokens} cached tokens of a "
+                    f"prompt behind {prefix}"
+                )
             if i >= 2:
                 seconds[j].append(answer.seconds)
     for server in servers:
@@ -213,7 +242,7 @@ def throughput(
     server in turn."""
     rates: list[list[float]] = [[] for _ in servers]
     for i in range(repeats + 1):
-        for j, server in enumerate(servers):
+        for j, server in _in_turn(i, servers):
             server.flush_cache()
             seeds = range(100 * i, 100 * i + count)
             requests = [Request(tokens(seed, size, vocab), 1) for seed in seeds]
@@ -229,7 +258,8 @@ def throughput(
 
 
 def problems(where: str, layers: dict[str, dict[str, Any]]) -> list[str]:
-    """Where a patched server does not launch less, or not the kernel of this project.
+    """Where a patched server does not launch less, or not the kernel of this project, or
+    takes longer to prepare.
 
     `layers` is {"unpatched": …, "patched": …} of what `profiles` returned.
     """
@@ -240,7 +270,14 @@ def problems(where: str, layers: dict[str, dict[str, Any]]) -> list[str]:
             found.append(
                 f"{where}, {size} tokens: mla_prefill_quantize_fp8 was not launched"
             )
-        a, b = patched["launches"], layers["unpatched"][size]["launches"]
+        unpatched = layers["unpatched"][size]
+        a, b = patched["launches"], unpatched["launches"]
         if a >= b:
             found.append(f"{where}, {size} tokens: {a} launches a layer, unpatched {b}")
+        a, b = patched["preparation_us"], unpatched["preparation_us"]
+        if a >= b:
+            found.append(
+                f"{where}, {size} tokens: the preparation takes {a:.1f} us a layer, "
+                f"unpatched {b:.1f}"
+            )
     return found

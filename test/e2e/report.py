@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from e2e import compare
+from e2e import compare, profiles
 
 # One DeepSeek-V3 layer on a rank that has all heads: attention's multiplications and
-# additions for n causal tokens, and what an FP8 attention kernel might do a second.
+# additions for a query and a key, and what an FP8 attention kernel might do a second.
 LAYERS = 61
-ATTENTION_FLOPS = 2 * 128 * (192 + 128) / 2
+ATTENTION_FLOPS = 2 * 128 * (192 + 128)
 ATTENTION_RATE = 1e15
 
 MODELS = {
@@ -204,34 +204,37 @@ def _profile(section: Mapping[str, Any]) -> str:
                         "the whole layer": f"{a['us']:.0f} -> {b['us']:.0f} us",
                     }
                 )
-                if model == "deepseek_v3_wide" and size.isdigit():
-                    shares.append({**who, **_share(int(size), a, b)})
+                if model == "deepseek_v3_wide":
+                    shares.append({**who, **_share(size, a, b)})
             for size, sides in result["time_to_first_token"].items():
-                a, b = (_milliseconds(sides[x]) for x in ("unpatched", "patched"))
+                both = [sides[x] for x in ("unpatched", "patched")]
+                a, b = map(_milliseconds, both)
+                ratio, low, high = profiles.ratio_of_medians(*both)
                 times.append(
                     {
                         **who,
+                        "layers": result["model_layers"],
                         "tokens": size,
                         "unpatched": f"{a:.2f} ms",
                         "patched": f"{b:.2f} ms",
-                        "less": f"{1 - b / a:.1%}",
+                        "less": f"{1 - ratio:.1%} ({1 - high:.1%} to {1 - low:.1%})",
                     }
                 )
-            a, b = (
-                statistics.median(result["throughput"][x])
-                for x in ("unpatched", "patched")
-            )
+            both = [result["throughput"][x] for x in ("unpatched", "patched")]
+            a, b = map(statistics.median, both)
+            ratio, low, high = profiles.ratio_of_medians(*both)
             rates.append(
                 {
                     **who,
+                    "layers": result["model_layers"],
                     "prompts": f"16 of {result['throughput_prompt']} tokens",
                     "unpatched": f"{a:,.0f} tokens/s",
                     "patched": f"{b:,.0f} tokens/s",
-                    "more": f"{b / a - 1:.1%}",
+                    "more": f"{ratio - 1:.1%} ({low - 1:.1%} to {high - 1:.1%})",
                 }
             )
     return (
-        "Four layers of DeepSeek-V3's dimensions (hidden 7168; an MLP of 18432 over the "
+        "Layers of DeepSeek-V3's dimensions (hidden 7168; an MLP of 18432 over the "
         "tensor-parallel size, which is a dense layer's and as much as the 9 experts of "
         "2048 that a token meets), eager, on one GPU, so without communication, and with "
         "attention kernels that do nothing. Launches "
@@ -241,24 +244,27 @@ def _profile(section: Mapping[str, Any]) -> str:
         "merge.\n\n"
         + table(launches)
         + "\nTime to first token of one request over HTTP, all of it but attention "
-        "(median of requests sent to both servers in turn):\n\n"
+        "(median of requests sent to both servers in turn, with a 95% bootstrap interval "
+        "of the saved share):\n\n"
         + table(times)
-        + "\nPrompt throughput, all of it but attention:\n\n"
+        + "\nPrompt throughput, all of it but attention (likewise):\n\n"
         + table(rates)
         + f"\nProjected share of a DeepSeek-V3 prefill step: saved microseconds a layer "
         f"over the layer's measured time plus attention's, taken as 128 heads x "
-        f"(192 + 128) x tokens^2 multiply-adds over two (causal) at "
+        f"(192 + 128) multiply-adds for each of tokens x (tokens / 2 + prefix) pairs at "
         f"{ATTENTION_RATE / 1e12:.0f} TFLOP/s; {LAYERS} layers. A projection from this "
         "GPU's BF16 projections and MLP; FP8 ones take less, and the share grows.\n\n"
         + table(shares)
     )
 
 
-def _share(tokens: int, a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, str]:
-    attention = ATTENTION_FLOPS * tokens**2 / ATTENTION_RATE * 1e6
+def _share(size: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, str]:
+    tokens, _, prefix = size.partition(" behind ")
+    pairs = int(tokens) * (int(tokens) / 2 + int(prefix or 0))
+    attention = ATTENTION_FLOPS * pairs / ATTENTION_RATE * 1e6
     saved = a["preparation_us"] - b["preparation_us"]
     return {
-        "tokens": str(tokens),
+        "tokens": size,
         "saved": f"{saved:.0f} us",
         "layer": f"{a['us']:.0f} us",
         "attention": f"{attention:.0f} us",

@@ -73,12 +73,20 @@ KINDS = {
     "deepseek_v3_wide": dict(
         hidden_size=7168,
         intermediate_size=18432,
+        num_hidden_layers=8,
+        first_k_dense_replace=8,
         num_attention_heads=128,
         num_key_value_heads=128,
         vocab_size=512,
     ),
     # The same at tensor parallel size 8.
-    "deepseek_v3_tp8": dict(hidden_size=7168, intermediate_size=2304, vocab_size=512),
+    "deepseek_v3_tp8": dict(
+        hidden_size=7168,
+        intermediate_size=2304,
+        num_hidden_layers=16,
+        first_k_dense_replace=16,
+        vocab_size=512,
+    ),
     # For tests of the suite itself on a CPU.
     "tiny": dict(
         vocab_size=128,

@@ -146,6 +146,7 @@ def run_profile(run: Run) -> Iterator[dict[str, Any]]:
                     for patched in (False, True)
                 ]
         servers = [server for pair in pairs.values() for server in pair]
+        stack.callback(kill_all)  # all at once; one by one they take seconds to end
         start_all(servers)
         for (kind, name), pair in pairs.items():
             layers = [

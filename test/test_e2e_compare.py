@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from e2e import compare
+from e2e import compare, pairs
 from e2e import reference as reference_module
 from e2e.compare import Family, Prompt
 from e2e.reference import Reference
@@ -306,15 +306,19 @@ class TestScenarios:
     @pytest.mark.parametrize(
         "change, said",
         [
-            (lambda a: a.input_logprobs.__setitem__(3, math.nan), "first is nan at 3"),
-            (lambda a: a.input_logprobs.__setitem__(3, None), "first is None at 3"),
-            (lambda a: a.output_logprobs.__setitem__(1, -math.inf), "is -inf at 1"),
-            (lambda a: a.input_logprobs.pop(), "15 log-probabilities of the prompt, n"),
-            (lambda a: a.input_logprobs.append(-1.0), "17 log-probabilities of the p"),
-            (lambda a: a.output_logprobs.clear(), "0 log-probabilities of the output"),
-            (lambda a: a.output_ids.pop(), "3 tokens of output, not 4"),
+            (
+                lambda a: a.input_logprobs.__setitem__(3, math.nan),
+                "first, at 3, is nan",
+            ),
+            (lambda a: a.input_logprobs.__setitem__(3, None), "first, at 3, is None"),
+            (lambda a: a.output_logprobs.__setitem__(1, -math.inf), "at 1, is -inf"),
+            (lambda a: a.input_logprobs.__setitem__(3, 0.5), "or positive; the first"),
+            (lambda a: a.input_logprobs.pop(), "15 input_logprobs where 16"),
+            (lambda a: a.input_logprobs.append(-1.0), "17 input_logprobs where 16"),
+            (lambda a: a.output_logprobs.clear(), "0 output_logprobs where 4"),
+            (lambda a: a.output_ids.pop(), "3 output_ids where 4"),
             (lambda a: setattr(a, "error", "500: CUDA error"), "500: CUDA error"),
-            (lambda a: setattr(a, "finish", "abort"), "finished by 'abort'"),
+            (lambda a: setattr(a, "finish", "abort"), "finished with 'abort'"),
             (lambda a: setattr(a, "cached_tokens", 64), "64 tokens came from the cac"),
         ],
     )
@@ -818,3 +822,70 @@ class TestPooled:
         assert compare.failures([open_]) and not compare.failures([open_], decided=True)
         broken = open_ | {"problems": ["NaN"]}
         assert compare.failures([broken], decided=True) == ["single, b, distance: NaN"]
+
+
+class TestPairs:
+    """What `run_case` asks two servers and makes of it, without the servers' start."""
+
+    SCENARIOS = ("off", "single", "concurrent", "prefix hits", "greedy")
+    CASE = pairs.Case("a case", "b", (), SCENARIOS, model="tiny", seeds=3)
+
+    @pytest.fixture(scope="class")
+    def references(self, folder):
+        questions = pairs.Questions(
+            families=compare.shared_prefix(1, VOCAB, (64, 100), (2, 20)),
+            singles=compare.prompts(1, VOCAB, (2, 17, 65)),
+            mixed=compare.mixed(1, VOCAB, 8, longest=60),
+            more=compare.mixed(2, VOCAB, 6, longest=60),
+        )
+        return pairs.References(lambda kind: folder, questions, "cpu")
+
+    def judged(self, references, patched, unpatched, name):
+        """By (scenario, reference)."""
+        quick = name != "concurrent"
+        answers = [
+            pairs.ask(server, self.CASE, references.questions, quick)
+            for server in (patched, unpatched)
+        ]
+        assert set(answers[0]) == {*self.SCENARIOS, "alone"}
+        found = pairs.comparisons_of(self.CASE, name, *answers, references)
+        return {(one["scenario"], one["reference"]): one for one in found}
+
+    def servers(self, tiny, noise=0.05, **kw):
+        return StandInServer(tiny, noise=noise, seed=1, **kw), StandInServer(tiny)
+
+    def test_every_scenario_is_judged(self, references, tiny):
+        pair = self.servers(tiny)
+        for name in ("single", "concurrent", "prefix hits"):
+            found = self.judged(references, *pair, name)
+            assert {against for _, against in found} == {
+                "transformers, bfloat16",
+                "transformers, float32",
+            }
+            assert {scenario for scenario, _ in found} == {f"a case: {name}"}
+            prompts = {"single": 3, "concurrent": 14, "prefix hits": 4}[name]
+            assert {one["prompts"] for one in found.values()} == {prompts}
+            assert not any(one["problems"] for one in found.values())
+        (greedy,) = self.judged(references, *pair, "greedy").values()
+        assert greedy["kind"] == "greedy" and not greedy["problems"]
+
+    def test_a_patched_server_that_is_worse_is_found(self, references, tiny):
+        pair = self.servers(tiny, noise=0.5)
+        for name in ("single", "concurrent", "prefix hits"):
+            found = self.judged(references, *pair, name)
+            assert not any(one["ok"] for one in found.values())
+
+    def test_crowds_are_compared_with_the_same_requests_alone(self, references, tiny):
+        (same,) = self.judged(references, *self.servers(tiny), "alone").values()
+        assert same["ok"] and same["prompts"] == 8
+        assert same["scenario"] == "a case: alone against 64 at once"
+        pair = self.servers(tiny, batch_noise=0.2)
+        (other,) = self.judged(references, *pair, "alone").values()
+        assert not other["ok"]
+
+    def test_off_is_compared_bit_for_bit(self, references, tiny):
+        alike = StandInServer(tiny), StandInServer(tiny)
+        (same,) = self.judged(references, *alike, "off").values()
+        assert same["ok"] and same["scenario"] == "a case"
+        (other,) = self.judged(references, *self.servers(tiny), "off").values()
+        assert not other["ok"]

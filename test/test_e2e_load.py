@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 from e2e import load, report
-from e2e.servers import Answer, Request
+from e2e.servers import ABORTED, Answer, Request, faults
 
 VOCAB = 4096
 
@@ -344,7 +344,7 @@ def test_what_goes_wrong_at_an_abort_in_prefill_is_reported(serve):
     assert found(result, "none of 2 aborts found its request in prefill")
 
 
-@pytest.mark.parametrize("message", load.ABORTED)
+@pytest.mark.parametrize("message", ABORTED)
 def test_only_an_abort_that_was_asked_for_is_no_fault(message):
     request = Request([1, 2, 3], 4, logprob_start=2, rid="load-5-000000")
 
@@ -354,9 +354,9 @@ def test_only_an_abort_that_was_asked_for_is_no_fault(message):
         read = Answer.read(request, body, 0.1)
         return load._generate(SimpleNamespace(generate=lambda r: read), request)
 
-    assert load.faults(request, answer(message), may_abort=True) == []
-    assert load.faults(request, answer(message)) == [f"error: {message}"]
-    assert load.faults(request, answer("Out of memory"), may_abort=True) == [
+    assert faults(request, answer(message), may_abort=True) == []
+    assert faults(request, answer(message)) == [f"error: {message}"]
+    assert faults(request, answer("Out of memory"), may_abort=True) == [
         "error: Out of memory"
     ]
 
@@ -373,7 +373,7 @@ def test_an_answer_over_http_is_checked_as_sglang_writes_it():
         }
         read = Answer.read(request, {"output_ids": [7, 8], "meta_info": meta}, 0.1)
         answer = load._generate(SimpleNamespace(generate=lambda r: read), request)
-        return load.faults(request, answer)
+        return faults(request, answer)
 
     assert found_in([None, -1.0, -2.0], [-0.5, -0.1]) == []
     # JSON has no NaN: SGLang writes null.
@@ -479,9 +479,9 @@ def test_an_aborted_answer_may_be_short_but_not_nan():
         finish="abort",
         error="Aborted",
     )
-    (fault,) = load.faults(request, answer, may_abort=True)
+    (fault,) = faults(request, answer, may_abort=True)
     assert "1 of 1 output_logprobs are NaN" in fault
-    assert load.faults(request, {**answer, "output_logprobs": [-1.0]}, True) == []
+    assert faults(request, {**answer, "output_logprobs": [-1.0]}, True) == []
 
 
 @pytest.mark.parametrize(
@@ -590,8 +590,8 @@ def test_retractions_need_a_tiny_pool(serve):
                 "#retracted_reqs: {len(retracted_reqs)}",
             ],
         ),
-        ("managers.schedule_batch", [f'message or "{load.ABORTED[0]}"']),
-        ("managers.tokenizer_manager", [f'abort_message or "{load.ABORTED[1]}"']),
+        ("managers.schedule_batch", [f'message or "{ABORTED[0]}"']),
+        ("managers.tokenizer_manager", [f'abort_message or "{ABORTED[1]}"']),
         ("managers.schedule_policy", list(load.RETRACTION_ENV)),
         ("server_args", [a for a in load.RETRACTION_ARGS if a.startswith("--")]),
         ("entrypoints.v1_loads", ["/v1/loads", '"num_running_reqs"']),

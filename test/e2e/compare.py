@@ -22,13 +22,12 @@ is left out of the statistics.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
-from e2e.servers import Answer, Request, Server
+from e2e.servers import Request, Server, faults
 
 if TYPE_CHECKING:
     from e2e.reference import Reference
@@ -247,7 +246,7 @@ def _ask(
             f"{scenario}: {len(answers)} answers to {len(requests)} requests"
         )
     for prompt, request, answer in zip(prompts, requests, answers):
-        problems = _problems(request, answer)
+        problems = faults(request, vars(answer))
         wrong = answer.cached_tokens != prompt.start
         if not hits:
             wrong = answer.cached_tokens > prompt.start
@@ -269,35 +268,6 @@ def _ask(
             "seconds": answer.seconds,
         }
     return result
-
-
-def _problems(request: Request, answer: Answer) -> list[str]:
-    if answer.error is not None:
-        return [answer.error]
-    problems = []
-    if answer.finish != "length":
-        problems.append(f"finished by {answer.finish!r}, not by its length")
-    wanted = request.max_new_tokens
-    if len(answer.output_ids) != wanted:
-        problems.append(f"{len(answer.output_ids)} tokens of output, not {wanted}")
-    for what, values, n in (
-        (
-            "prompt",
-            answer.input_logprobs,
-            len(request.input_ids) - request.logprob_start - 1,
-        ),
-        ("output", answer.output_logprobs, wanted),
-    ):
-        if len(values) != n:
-            problems.append(f"{len(values)} log-probabilities of the {what}, not {n}")
-        # A server's JSON has null for what is not finite.
-        bad = [i for i, x in enumerate(values) if x is None or not math.isfinite(x)]
-        if bad:
-            problems.append(
-                f"{len(bad)} log-probabilities of the {what} are not finite, the first "
-                f"is {values[bad[0]]} at {bad[0]}"
-            )
-    return problems
 
 
 def expected(reference: Reference, prompts: Iterable[Prompt]) -> dict[str, list[float]]:

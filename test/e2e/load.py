@@ -18,11 +18,11 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import psutil
-from e2e.servers import Request
+from e2e.servers import Answer, Request, faults, is_logprob
 
 # For a server that must retract: 64 pages, and a scheduler that reserves room for
 # few of the tokens that a request will still generate. The pool fits in one prefill
@@ -42,8 +42,6 @@ LOG_FAULT = re.compile(
     r"|\b\w*(?:Error|ERROR|Exception)\b"
     r"|(?i:\bnan\b|memory leak|illegal memory access)"
 )
-# What SGLang calls an abort that was asked for, of a request that ran or waited.
-ABORTED = ("Aborted", "Abort in waiting queue")
 FATES = ("in_queue", "in_prefill", "in_decode", "too_late", "lost")
 RETRACTED = re.compile(r"KV cache pool is full\. Retract.*#retracted_reqs: (\d+)")
 
@@ -306,7 +304,7 @@ def compare_answers(
         if not alone["output_logprobs"] or not under_load["output_logprobs"]:
             continue
         first, first_alone = (a["output_logprobs"][0] for a in (under_load, alone))
-        if not _is_logprob(first) or not _is_logprob(first_alone):
+        if not is_logprob(first) or not is_logprob(first_alone):
             problems.add(
                 f"request {i}: the first token's log-probability is {first} under load "
                 f"and {first_alone} in quiet"
@@ -584,38 +582,6 @@ def summary(result: dict) -> dict:
     return {key: value for key, value in result.items() if key not in bulk}
 
 
-def faults(request: Request, answer: dict | None, may_abort: bool = False) -> list[str]:
-    """What is wrong with one answer. An aborted one may be short, but not wrong."""
-    if answer is None:
-        return ["no answer"]
-    aborted = may_abort and answer["finish"] == "abort"
-    aborted = aborted and answer["error"] in (None, *ABORTED)
-    if answer["error"] is not None and not aborted:
-        return [f"error: {' '.join(answer['error'].split())[:300]}"]
-    found = []
-    for kind in ("output_logprobs", "input_logprobs"):
-        bad = [i for i, value in enumerate(answer[kind]) if not _is_logprob(value)]
-        if bad:
-            found.append(
-                f"{len(bad)} of {len(answer[kind])} {kind} are NaN, infinite or "
-                f"positive; the first, at {bad[0]}, is {answer[kind][bad[0]]}"
-            )
-    if aborted:
-        return found
-    if answer["finish"] != "length":
-        found.append(f"finished with {answer['finish']!r} where 'length' is right")
-    asked = max(1, request.max_new_tokens)
-    lengths = {"output_ids": asked}
-    if request.logprob_start is not None:
-        lengths["output_logprobs"] = asked
-        prompt = len(request.input_ids) - 1 - request.logprob_start
-        lengths["input_logprobs"] = max(0, prompt)
-    for kind, length in lengths.items():
-        if len(answer[kind]) != length:
-            found.append(f"{len(answer[kind])} {kind} where {length} were asked for")
-    return found
-
-
 def log_size(server) -> int:
     return os.path.getsize(server.log) if os.path.exists(server.log) else 0
 
@@ -839,29 +805,9 @@ def _name(request, index):
 
 def _generate(server, request):
     try:
-        answer = server.generate(request)
+        return asdict(server.generate(request))
     except Exception as error:
-        return {
-            "output_ids": [],
-            "output_logprobs": [],
-            "input_logprobs": [],
-            "cached_tokens": 0,
-            "finish": "",
-            "error": f"{type(error).__name__}: {error}",
-        }
-    return {
-        "output_ids": list(answer.output_ids or ()),
-        "output_logprobs": list(answer.output_logprobs or ()),
-        "input_logprobs": list(answer.input_logprobs or ()),
-        "cached_tokens": answer.cached_tokens or 0,
-        "finish": answer.finish,
-        "error": answer.error,
-    }
-
-
-def _is_logprob(value):
-    # NaN and infinity arrive as null: JSON has neither.
-    return value is not None and math.isfinite(value) and value <= 1e-3
+        return asdict(Answer(error=f"{type(error).__name__}: {error}"))
 
 
 def _finished(answer):

@@ -212,8 +212,13 @@ class Questions:
 class References:
     """transformers' answers, one model at a time, while the servers come up."""
 
-    def __init__(self, models: Callable[[str], Path], questions: Questions):
-        self.models, self.questions = models, questions
+    def __init__(
+        self,
+        models: Callable[[str], Path],
+        questions: Questions,
+        device: str = "cuda",
+    ):
+        self.models, self.questions, self.device = models, questions, device
         self._known: dict[tuple[str, torch.dtype], tuple] = {}
         self._lock = threading.Lock()
 
@@ -223,7 +228,7 @@ class References:
         kind = "deepseek_v3" if kind == "scaled" else kind
         with self._lock:
             if (kind, dtype) not in self._known:
-                reference = Reference(self.models(kind), "cuda", dtype)
+                reference = Reference(self.models(kind), self.device, dtype)
                 expected = compare.expected(reference, self.questions.prompts())
                 self._known[kind, dtype] = (reference, expected)
             return self._known[kind, dtype]
@@ -305,35 +310,83 @@ def check_record(server: Server) -> tuple[dict[str, Any], list[str]]:
     return record, problems
 
 
+def ask(
+    server: Server, case: Case, questions: Questions, quick: bool
+) -> dict[str, compare.Result]:
+    """The answers to a case's scenarios, by name; "alone" are the ones that its
+    concurrent answers are compared with."""
+    answers = {}
+    if "off" in case.scenarios:
+        answers["off"] = compare.single(server, questions.singles)
+    if "single" in case.scenarios:
+        answers["single"] = compare.single(server, questions.singles)
+    if "concurrent" in case.scenarios:
+        more = questions.more if case.seeds > 1 and not quick else []
+        answers["concurrent"] = compare.concurrent(server, questions.mixed + more)
+        if case.seeds > 1:
+            answers["alone"] = compare.single(server, questions.mixed)
+    if "prefix hits" in case.scenarios:
+        answers["prefix hits"] = compare.prefix_hits(
+            server, questions.families, hits=case.hits
+        )
+    if "greedy" in case.scenarios:
+        answers["greedy"] = compare.greedy(server, questions.mixed)
+    return answers
+
+
+def comparisons_of(
+    case: Case,
+    name: str,
+    patched: Mapping[str, compare.Result],
+    unpatched: Mapping[str, compare.Result],
+    references: References,
+) -> list[compare.Comparison]:
+    """The comparisons that the answers to a scenario allow; `patched` and `unpatched`
+    are what `ask` returned."""
+    p, u = patched[name], unpatched[name]
+    common = dict(backend=case.backend, scenario=f"{case.name}: {name}")
+    if name == "off":
+        return [compare.compare_off(p, u, **{**common, "scenario": case.name})]
+    if name == "greedy":
+        scores = [references.scores(case.model, side) for side in (p, u)]
+        return [compare.compare_greedy(p, u, *scores, **common)]
+    if name == "alone":
+
+        mixed = {prompt.name for prompt in references.questions.mixed}
+
+        def only(result: compare.Result) -> compare.Result:
+            kept = {k: v for k, v in result["answers"].items() if k in mixed}
+            return {**result, "answers": kept}
+
+        crowds = [only(side["concurrent"]) for side in (patched, unpatched)]
+        common["scenario"] = f"{case.name}: alone against 64 at once"
+        return [compare.compare_consistency(p, crowds[0], u, crowds[1], **common)]
+    dtypes = {"bfloat16": torch.bfloat16}
+    if case.seeds > 1:
+        dtypes["float32"] = torch.float32
+    return [
+        compare.compare(
+            p,
+            u,
+            references.get(case.model, dtype)[1],
+            against=against,
+            ceiling=case.ceiling,
+            **common,
+        )
+        for against, dtype in dtypes.items()
+    ]
+
+
 def run_case(run: Run, case: Case, questions: Questions, references: References):
     """A case's comparisons, records and problems."""
     several = run.several if case.gpus and len(case.gpus) > 1 else nullcontext()
     with several, run.slots, ExitStack() as stack:
         started = time.monotonic()
-        unpatched, patched = servers = run.pair(case, stack)
+        servers = run.pair(case, stack)
         up = time.monotonic()
-        more = questions.more if case.seeds > 1 and not run.quick else []
-
-        def ask(server: Server) -> dict[str, compare.Result]:
-            answers = {}
-            if "off" in case.scenarios:
-                answers["off"] = compare.single(server, questions.singles)
-            if "single" in case.scenarios:
-                answers["single"] = compare.single(server, questions.singles)
-            if "concurrent" in case.scenarios:
-                mixed = questions.mixed + more
-                answers["concurrent"] = compare.concurrent(server, mixed)
-                if case.seeds > 1:
-                    answers["alone"] = compare.single(server, questions.mixed)
-            if "prefix hits" in case.scenarios:
-                answers["prefix hits"] = compare.prefix_hits(
-                    server, questions.families, hits=case.hits
-                )
-            if "greedy" in case.scenarios:
-                answers["greedy"] = compare.greedy(server, questions.mixed)
-            return answers
-
-        u, p = side_by_side(lambda: ask(unpatched), lambda: ask(patched))
+        unpatched, patched = side_by_side(
+            *(lambda s=s: ask(s, case, questions, run.quick) for s in servers)
+        )
         records = {}
         problems: list[str] = []
         for server in servers:
@@ -344,73 +397,24 @@ def run_case(run: Run, case: Case, questions: Questions, references: References)
             problems += wrong
         driven = time.monotonic()
     comparisons = []
-    answers: dict[str, dict[str, compare.Result]] = {}
-    common = dict(backend=case.backend)
-    for name in p:
-        title = f"{case.name}: {name}"
-        if name == "off":
-            comparisons.append(
-                compare.compare_off(p[name], u[name], scenario=case.name, **common)
-            )
-        elif name == "greedy":
-            comparisons.append(
-                compare.compare_greedy(
-                    p[name],
-                    u[name],
-                    references.scores(case.model, p[name]),
-                    references.scores(case.model, u[name]),
-                    scenario=title,
-                    **common,
-                )
-            )
-        elif name == "alone":
-            mixed = {prompt.name for prompt in questions.mixed}
-
-            def only(result: compare.Result) -> compare.Result:
-                kept = {k: v for k, v in result["answers"].items() if k in mixed}
-                return {**result, "answers": kept}
-
-            comparisons.append(
-                compare.compare_consistency(
-                    p["alone"],
-                    only(p["concurrent"]),
-                    u["alone"],
-                    only(u["concurrent"]),
-                    scenario=f"{case.name}: alone against 64 at once",
-                    **common,
-                )
-            )
-        else:
-            dtypes = [(torch.bfloat16, "bfloat16")]
-            if case.seeds > 1:
-                dtypes.append((torch.float32, "float32"))
-            for dtype, against in dtypes:
-                expected = references.get(case.model, dtype)[1]
-                comparisons.append(
-                    compare.compare(
-                        p[name],
-                        u[name],
-                        expected,
-                        scenario=title,
-                        against=against,
-                        ceiling=case.ceiling,
-                        **common,
-                    )
-                )
-            if case.ceiling == compare.CEILING:
-                answers[f"{case.backend}, {title}"] = dict(
-                    patched=p[name], unpatched=u[name]
-                )
+    for name in patched:
+        comparisons += comparisons_of(case, name, patched, unpatched, references)
+    pooled = ("single", "concurrent", "prefix hits")
+    answers = {
+        f"{case.backend}, {case.name}: {name}": dict(
+            patched=patched[name], unpatched=unpatched[name]
+        )
+        for name in pooled
+        if name in patched and case.ceiling == compare.CEILING
+    }
+    label = f"{case.name}, {case.backend}"
     return {
         "comparisons": comparisons,
         "answers": {case.model: answers},
-        "records": {f"{case.name}, {case.backend}": records},
+        "records": {label: records},
         "problems": problems,
         "seconds": {
-            f"{case.name}, {case.backend}": {
-                "up": round(up - started, 1),
-                "driven": round(driven - up, 1),
-            }
+            label: {"up": round(up - started, 1), "driven": round(driven - up, 1)}
         },
     }
 

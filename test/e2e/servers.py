@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -117,6 +118,50 @@ class Answer:
                 for entry in meta["output_token_logprobs"][: request.max_new_tokens]
             ]
         return answer
+
+
+# What SGLang calls an abort that was asked for, of a request that ran or waited.
+ABORTED = ("Aborted", "Abort in waiting queue")
+
+
+def is_logprob(value: Optional[float]) -> bool:
+    # NaN and infinity arrive as null: JSON has neither.
+    return value is not None and math.isfinite(value) and value <= 1e-3
+
+
+def faults(
+    request: Request, answer: Optional[Mapping[str, Any]], may_abort: bool = False
+) -> list[str]:
+    """What is wrong with one answer, given by its fields. An aborted one may be short,
+    but not wrong."""
+    if answer is None:
+        return ["no answer"]
+    aborted = may_abort and answer["finish"] == "abort"
+    aborted = aborted and answer["error"] in (None, *ABORTED)
+    if answer["error"] is not None and not aborted:
+        return [f"error: {' '.join(answer['error'].split())[:300]}"]
+    found = []
+    for kind in ("output_logprobs", "input_logprobs"):
+        bad = [i for i, value in enumerate(answer[kind]) if not is_logprob(value)]
+        if bad:
+            found.append(
+                f"{len(bad)} of {len(answer[kind])} {kind} are NaN, infinite or "
+                f"positive; the first, at {bad[0]}, is {answer[kind][bad[0]]}"
+            )
+    if aborted:
+        return found
+    if answer["finish"] != "length":
+        found.append(f"finished with {answer['finish']!r} where 'length' is right")
+    asked = request.max_new_tokens
+    lengths = {"output_ids": asked}
+    if request.logprob_start is not None:
+        lengths["output_logprobs"] = asked
+        prompt = len(request.input_ids) - 1 - request.logprob_start
+        lengths["input_logprobs"] = max(0, prompt)
+    for kind, length in lengths.items():
+        if len(answer[kind]) != length:
+            found.append(f"{len(answer[kind])} {kind} where {length} were asked for")
+    return found
 
 
 _ports = itertools.count(20000 + 100 * random.randrange(100), 50)

@@ -3,6 +3,7 @@ page. `test_e2e_compare.py` and `test_e2e_load.py` have the rest."""
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -15,7 +16,9 @@ import pytest
 import torch
 from e2e import __main__ as suite
 from e2e import compare, profiles, report
+from e2e import servers as servers_module
 from e2e.servers import Answer, Request, Server, ServerSpec
+from e2e.servers import _running as running
 from mla_standin import models
 from mla_standin.kernels import CAUSAL, DECODE, PREFIX_CHUNK
 from transformers import AutoModelForCausalLM
@@ -127,6 +130,41 @@ def write_record(server, name, calls, nan=0, late=()):
     }
     (server.folder / f"record-{name}.json").write_text(json.dumps(record))
     server.log.write_text("TRTLLMMLABackend: FP8 prefill preparation with the fused …")
+
+
+class TestStart:
+    def test_command_and_environment(self, server, monkeypatch):
+        started = []
+        monkeypatch.setattr(
+            subprocess, "Popen", lambda command, **kw: started.append((command, kw))
+        )
+        servers = [server(STANDIN_LSE="natural"), server(patched=False)]
+        try:
+            for one in servers:
+                one.start()
+        finally:
+            running.clear()
+        ports = []
+        for command, kw in started:
+            options = dict(zip(command, command[1:]))
+            port = int(options["--port"])
+            assert int(options["--nccl-port"]) == port + 1
+            ports.append(port)
+            assert int(kw["env"]["SGLANG_TIMEOUT_KEEP_ALIVE"]) > 600
+        assert started[0][1]["env"]["STANDIN_LSE"] == "natural"
+        assert abs(ports[0] - ports[1]) >= 50
+        assert [one.url for one in servers] == [
+            f"http://127.0.0.1:{port}" for port in ports
+        ]
+
+    def test_a_port_whose_next_is_taken_is_passed_over(self, monkeypatch):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            port = taken.getsockname()[1]
+            monkeypatch.setattr(
+                servers_module, "_ports", iter([port - 1, port, port + 50])
+            )
+            assert servers_module.free_port() == port + 50
 
 
 class TestRecord:
@@ -283,6 +321,25 @@ class TestProfiles:
         cached = 64
         assert len(profiles.time_to_first_token(pair, 16, 4, 3, prefix=64)[1]) == 3
 
+    def test_throughput(self, monkeypatch):
+        now, asked = [0.0], []
+        monkeypatch.setattr(profiles.time, "monotonic", lambda: now[0])
+
+        def server(name, seconds):
+            def generate_all(requests, concurrency):
+                asked.append((name, [request.input_ids for request in requests]))
+                now[0] += seconds
+                return [Answer() for request in requests]
+
+            return SimpleNamespace(generate_all=generate_all, flush_cache=lambda: None)
+
+        pair = [server("a", 2.0), server("b", 1.0)]
+        assert profiles.throughput(pair, 16, 100, 5, 3) == [[250.0] * 3, [500.0] * 3]
+        assert "".join(name for name, _ in asked) == "abbaabba"
+        # Both are asked the same, and nothing twice.
+        assert asked[0][1] == asked[1][1] and asked[0][1] != asked[2][1]
+        assert {len(ids) for _, requests in asked for ids in requests} == {100}
+
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs/e2e/results.json"
 
@@ -320,7 +377,7 @@ class TestReport:
         section = dict(machine=machine, problems=[], profile=models)
         page = report.markdown({"profile": section})
         assert "Not complete" not in page
-        assert "| 64 behind 8 | 11 -> 3 | 9 -> 1 | 126 -> 15 us | 8.40x |" in page
+        assert "| 64 behind 8 | 11 -> 3 | 9 -> 1 | 126 -> 15 us | 8.40 |" in page
         assert "| 8 | 64 | 400.00 ms | 300.00 ms | 25.0% (" in page
         assert "| 100 tokens/s | 125 tokens/s | 25.0% (25.0% to 25.0%) |" in page
         # 111 us of 155 and attention's 0.17.

@@ -2,7 +2,9 @@
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -833,7 +835,7 @@ class TestPairs:
     @pytest.fixture(scope="class")
     def references(self, folder):
         questions = pairs.Questions(
-            families=compare.shared_prefix(1, VOCAB, (64, 100), (2, 20)),
+            families=compare.shared_prefix(1, VOCAB, (64, 100), (2, 21)),
             singles=compare.prompts(1, VOCAB, (2, 17, 65)),
             mixed=compare.mixed(1, VOCAB, 8, longest=60),
             more=compare.mixed(2, VOCAB, 6, longest=60),
@@ -842,9 +844,8 @@ class TestPairs:
 
     def judged(self, references, patched, unpatched, name):
         """By (scenario, reference)."""
-        quick = name != "concurrent"
         answers = [
-            pairs.ask(server, self.CASE, references.questions, quick)
+            pairs.ask(server, self.CASE, references.questions, False)
             for server in (patched, unpatched)
         ]
         assert set(answers[0]) == {*self.SCENARIOS, "alone"}
@@ -865,6 +866,13 @@ class TestPairs:
             assert {scenario for scenario, _ in found} == {f"a case: {name}"}
             prompts = {"single": 3, "concurrent": 14, "prefix hits": 4}[name]
             assert {one["prompts"] for one in found.values()} == {prompts}
+            # The servers' noise is about float32.
+            far, near = (
+                found[f"a case: {name}", f"transformers, {dtype}"]["patched_distance"]
+                for dtype in ("bfloat16", "float32")
+            )
+            assert near == pytest.approx(0.05 * math.sqrt(2 / math.pi), rel=0.3)
+            assert far > 1.03 * near
             assert not any(one["problems"] for one in found.values())
         (greedy,) = self.judged(references, *pair, "greedy").values()
         assert greedy["kind"] == "greedy" and not greedy["problems"]
@@ -874,6 +882,68 @@ class TestPairs:
         for name in ("single", "concurrent", "prefix hits"):
             found = self.judged(references, *pair, name)
             assert not any(one["ok"] for one in found.values())
+
+    def test_greedy_choices_are_judged_by_their_own_scores(self, references, tiny):
+        def worst(request, answer):
+            return replace(answer, output_ids=[0] * len(answer.output_ids))
+
+        pair = StandInServer(tiny, fault=worst), StandInServer(tiny)
+        (greedy,) = self.judged(references, *pair, "greedy").values()
+        assert greedy["patched_distance"] > 0.5 > greedy["unpatched_distance"]
+        assert not greedy["ok"]
+
+    def test_ranks_with_a_cache_each_may_miss_it(self, references, tiny):
+        def often_cold(request, answer):
+            odd = len(request.input_ids) % 2
+            return replace(answer, cached_tokens=0) if odd else answer
+
+        def problems(case):
+            server = StandInServer(tiny, fault=often_cold)
+            answers = pairs.ask(server, case, references.questions, True)
+            return answers["prefix hits"]["problems"]
+
+        case = replace(self.CASE, scenarios=("prefix hits",))
+        families = references.questions.families
+        assert {len(p.input_ids) % 2 for f in families for p in f.prompts} == {0, 1}
+        assert problems(case)
+        assert problems(replace(case, hits=False)) == []
+
+    def run(self, references, tiny, monkeypatch, record=(), **changes):
+        """`run_case` without servers' processes."""
+        call = dict(kernel="k", padded=False)
+        read = lambda server: (dict(calls=[{**call, **dict(record)}]), [])  # noqa: E731
+        monkeypatch.setattr(pairs, "check_record", read)
+
+        def pair(case, stack):
+            servers = [StandInServer(tiny, seed=seed) for seed in (0, 1)]
+            for server, side in zip(servers, ("unpatched", "patched")):
+                server.spec = SimpleNamespace(side=side)
+            return servers
+
+        run = SimpleNamespace(
+            pair=pair, slots=nullcontext(), several=nullcontext(), quick=True
+        )
+        case = replace(self.CASE, **changes)
+        return pairs.run_case(run, case, references.questions, references)
+
+    def test_what_of_a_case_is_pooled(self, references, tiny, monkeypatch):
+        result = self.run(references, tiny, monkeypatch)
+        assert set(result["answers"]["tiny"]) == {
+            f"b, a case: {name}" for name in ("single", "concurrent", "prefix hits")
+        }
+        assert set(result["records"]["a case, b"]) == {"patched", "unpatched"}
+        assert result["problems"] == [] and len(result["comparisons"]) == 9
+        # An error that is known to be there may not be pooled with others.
+        other = self.run(references, tiny, monkeypatch, ceiling=9.0)
+        assert other["answers"] == {"tiny": {}}
+
+    def test_a_case_that_must_pad(self, references, tiny, monkeypatch):
+        case = dict(scenarios=("single",), padding=True)
+        result = self.run(references, tiny, monkeypatch, **case)
+        assert result["problems"] == ["a case, b: no batch was padded"] * 2
+        record = dict(padded=True)
+        result = self.run(references, tiny, monkeypatch, record, **case)
+        assert result["problems"] == []
 
     def test_crowds_are_compared_with_the_same_requests_alone(self, references, tiny):
         (same,) = self.judged(references, *self.servers(tiny), "alone").values()

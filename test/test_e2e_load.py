@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,8 +59,11 @@ class LoadedServer:
         with self.lock:
             assert request.rid not in self.live
             self.live[request.rid] = aborted = threading.Event()
+        began = time.monotonic()
         try:
-            return self._generate(request, aborted)
+            answer = self._generate(request, aborted)
+            answer.seconds = time.monotonic() - began
+            return answer
         finally:
             with self.lock:
                 del self.live[request.rid]
@@ -76,7 +80,9 @@ class LoadedServer:
         try:
             if self.fault == "drops" and "000007" in request.rid:
                 aborted.wait(20)
-            self._work(0.001 + len(request.input_ids) * 2e-6)
+            # Long enough for an abort to find others.
+            least = 0.02 if self.fault == "aborts others" else 0.001
+            self._work(least + len(request.input_ids) * 2e-6)
             if aborted.is_set():
                 if self.fault == "leaks":
                     self.leaked += 64
@@ -338,10 +344,22 @@ def test_what_goes_wrong_at_an_abort_in_prefill_is_reported(serve):
     assert found(result, "after prefill-0-000010", "pool tokens are available")
     result = load.abort_prefills(serve("nan"), VOCAB, times=3)
     assert found(result, "prefill-0-000011: 1 of 4 output_logprobs are NaN")
+    result = load.abort_prefills(serve("aborts others"), VOCAB, times=5)
+    assert found(result, "prefill-0-0000", "error: Abort")
     server = serve()
     server.abort = lambda rid=None: None
     result = load.abort_prefills(server, VOCAB, times=2)
     assert found(result, "none of 2 aborts found its request in prefill")
+    assert result["aborts"]["too_late"] == 2
+    server, generate = serve(), server.generate
+
+    def unfinished(request):
+        answer = generate(request)
+        return replace(answer, output_ids=[]) if "alone" in request.rid else answer
+
+    server.generate = unfinished
+    result = load.abort_prefills(server, VOCAB, times=1)
+    assert found(result, "prefill-0-000002: 0 output_ids where 4 were asked for")
 
 
 @pytest.mark.parametrize("message", ABORTED)
@@ -471,17 +489,20 @@ def test_memory_that_can_no_longer_be_read_is_no_growth_of_zero(serve):
 
 
 def test_an_aborted_answer_may_be_short_but_not_nan():
-    request = Request([1, 2, 3], max_new_tokens=4, logprob_start=2, rid="r")
-    answer = dict(
-        output_ids=[5],
-        output_logprobs=[math.nan],
-        input_logprobs=[],
-        finish="abort",
-        error="Aborted",
-    )
-    (fault,) = faults(request, answer, may_abort=True)
+    request = Request([1, 2, 3], max_new_tokens=4, logprob_start=0, rid="r")
+
+    def found_in(**meta):
+        reason = {"type": "abort", "message": "Aborted"}
+        body = {"output_ids": [5], "meta_info": {"finish_reason": reason, **meta}}
+        return faults(request, vars(Answer.read(request, body, 0.1)), may_abort=True)
+
+    assert found_in() == []
+    # Without a prompt's log-probabilities that its chunks had not come to.
+    prompt = [[None, 1, None], [None, 2, None]]
+    output = [[-1.0, 5, None]]
+    assert found_in(input_token_logprobs=prompt, output_token_logprobs=output) == []
+    (fault,) = found_in(output_token_logprobs=[[None, 5, None]])
     assert "1 of 1 output_logprobs are NaN" in fault
-    assert faults(request, {**answer, "output_logprobs": [-1.0]}, True) == []
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def run_profile(run: Run) -> Iterator[dict[str, Any]]:
     """Launches, preparation time, time to first token and throughput, by pair."""
     sizes = (64, 1024) if run.quick else (64, 1024, 8192)
     prefixes = () if run.quick else (8192,)
-    # No radix cache between timed prompts; chunks as large as the prompts.
+    # Chunks as large as the prompts.
     args = (*chunked(16384), "--max-prefill-tokens", "16384")
     # Idle schedulers would take the CPU from the one that is timed.
     args += ("--sleep-on-idle",)

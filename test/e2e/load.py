@@ -186,10 +186,10 @@ def abort_prefills(
     patience: float = 60.0,
 ) -> dict:
     """Prompts of several chunks aborted at a random part of their prefill, each with
-    four short requests that share its chunks and must be answered in full.
+    four short requests behind it that must be answered in full.
 
     A storm's aborts find their requests in the queue; here little is queued. What the
-    prefill takes is measured first.
+    prefill takes is measured first, and again with each abort that came too late.
     """
     problems = _Problems()
     rng = random.Random(f"prefills {seed}")
@@ -205,42 +205,45 @@ def abort_prefills(
     began = time.monotonic()
     _drain_and_flush(server, problems, "before the aborted prefills")
     pool = _pool(server, problems, "before the aborted prefills")
-    taken = []
+    taken = math.inf
     for index in range(3):
         alone = request(index, tokens)
-        sent = time.monotonic()
         answer = _generate(server, _with_run([alone], "alone")[0])
-        taken.append(time.monotonic() - sent)
+        taken = min(taken, answer["seconds"])
         problems.extend(f"{alone.rid}: {fault}" for fault in faults(alone, answer))
-    fates = dict.fromkeys(FATES, 0)
+    fates, sent, asked = dict.fromkeys(FATES, 0), 0, 0
     for index in range(10, 10 + 10 * times, 10):
         if not server.alive():
             problems.add("the server is down")
             break
         requests = [request(index, tokens)]
         requests += [request(index + k, rng.randint(1, 300)) for k in range(1, 5)]
-        aborts = _Aborts(server, {0: rng.uniform(0.1, 0.9) * min(taken)})
+        aborts = _Aborts(server, {0: rng.uniform(0.1, 0.9) * taken})
         drive = _Drive(server, _with_run(requests, "abort"), len(requests))
         drive.around = aborts.around
         answers = drive.run(patience)
         problems.extend(drive.problems + aborts.problems)
-        for k, (asked, answer) in enumerate(zip(requests, answers)):
-            for fault in faults(asked, answer, may_abort=k == 0):
-                problems.add(f"{asked.rid}: {fault}")
-        fates[_fate(answers[0])] += 1
+        for k, (one, answer) in enumerate(zip(requests, answers)):
+            for fault in faults(one, answer, may_abort=k == 0):
+                problems.add(f"{one.rid}: {fault}")
+        asked, sent = asked + 1, sent + aborts.sent
+        fate = _fate(answers[0])
+        fates[fate] += 1
+        if fate == "too_late":
+            taken = min(taken, answers[0]["seconds"])
         where = f"after {requests[0].rid}"
         _drain(server, problems, where)
         _same_pool(pool, _pool(server, problems, where), problems, where)
     if not fates["in_prefill"]:
         problems.add(
-            f"none of {times} aborts found its request in prefill: {fates}; the "
+            f"none of {asked} aborts found its request in prefill: {fates}; the "
             "prompts are too short for this GPU"
         )
     return {
-        "requests": 5 * times,
+        "requests": 5 * asked,
         "tokens": tokens,
-        "aborts": {"asked": times, **fates},
-        "prefill_seconds": round(min(taken), 3),
+        "aborts": {"asked": asked, "sent": sent, **fates},
+        "prefill_seconds": round(taken, 3),
         "seconds": round(time.monotonic() - began, 3),
         "seed": seed,
         "problems": problems.listed(),

@@ -31,17 +31,20 @@ INTRODUCTION = """\
 SGLang's own server (scheduler, radix cache, chunked prefill, DeepSeek model code,
 backends, KV pool) with the patch and without it, over HTTP, on small models of
 DeepSeek-V3's architecture with random weights. The attention kernels, which need
-SM100, are [stand-ins](../../test/mla_standin/kernels.py) in plain torch that check what they
-are handed; everything else is what runs in production.
+SM100, are [stand-ins](../../test/mla_standin/kernels.py) in plain torch that check what
+they are handed; everything else is SGLang's own.
 
 ```bash
 make e2e VENV= SGLANG=/path/to/site-packages            # one GPU
 make e2e VENV= SGLANG=/path/to/site-packages GPUS=0,1   # the two-GPU part
 ```
 
-What this does not show: the SM100 attention kernels and a trained model's weights; and
-two-batch overlap, which SGLang runs with an expert-parallel all-to-all backend only (unit
-tests have its wrapper).
+What this does not show: the SM100 attention kernels; a trained model's weights, or
+experts (the models have 4 to 16 dense layers); CUDA graphs, which are off since the
+stand-ins read lengths on the host (in prefill, SGLang's piecewise graphs take the MLA
+path, which the patch has no part in); all-reduce other than NCCL's; and two-batch
+overlap, which SGLang runs with an expert-parallel all-to-all backend only (unit tests
+have its wrapper).
 """
 
 COMPARE = """
@@ -50,16 +53,18 @@ COMPARE = """
 *distance*: mean over tokens of |log p(server) - log p(transformers)| of the prompts'
 tokens; the interval is a 95% percentile bootstrap over prompts ({resamples} resamples,
 suffixes of one prefix together) of the ratio patched / unpatched. "No larger" means that
-its upper end is at most {margin:.2f}; "undecided", that its prompts are too few to
-tell, which the rows for everything together may not be. *far tokens*: share of greedy tokens that
-transformers, having read the same tokens, finds {near} or more below its own choice; no
-larger means that the interval of the difference ends below {greedy:.0%}.
-*consistency*: distance of a request's answer among 64 others from the one it gets
-alone; no larger means an upper end of at most {consistency:.2f}. *bit-equal*: the hook
-switched off by environment. Prompts: random ids, 1 to 16,000 tokens; prefixes of 64 to
-12,288 cached tokens in 1 to many chunks; one seed, but three for the first case's
-concurrent ones. The rows for everything together count a prompt once for each pair of
-servers that was asked it; the interval knows that they are one prompt.
+its upper end is at most {margin:.2f}; "undecided", that it is not and the prompts are too
+few to tell. Single scenarios may be undecided; the last rows, which pool all of a scenario
+and of a model, may not. *far tokens*: share of greedy tokens that transformers, having
+read the same tokens, finds {near} or more below its own choice; no larger means that the
+interval of the difference ends below {greedy:.0%}. *consistency*: distance of a request's
+answer, with up to 64 requests at once, from the one it gets alone; no larger means an
+upper end of at most {consistency:.2f}. *bit-equal*: the hook switched off by environment.
+
+Prompts: random ids, 1 to 16,000 tokens; prefixes of 64 to 12,288 cached tokens in 1 to
+many chunks; one seed, but three for the concurrent ones of "chunked prefill off" with
+tokenspeed_mla. Rows that pool count a prompt once for each pair of servers that was asked
+it; the interval knows that they are one prompt. The base-2 case is in none of them.
 With trtllm_mla the stand-in returns natural log-sum-exps, as SGLang merges them, except
 where the table says base-2, which is what trtllm-gen returns and which makes merged
 prefix chunks wrong, patched or not.
@@ -121,8 +126,7 @@ def _comparisons(section: Mapping[str, Any]) -> str:
     nan = sum(
         n
         for sides in section["records"].values()
-        for record in sides.values()
-        for n in record["nan"].values()
+        for n in sides["patched"]["nan"].values()
     )
     text += "\nWhat the patched servers handed to the attention kernels "
     text += f"(NaN among it and in what came out: {nan}):\n\n"
@@ -172,7 +176,8 @@ def _load(section: Mapping[str, Any]) -> str:
 def _kill(section: Mapping[str, Any]) -> str:
     r = section["kill"]
     return (
-        f"SIGKILL to {r['killed']} with {r['failed_by_kill']} requests in flight: the "
+        f"SIGKILL to {r['killed'].strip()} in mid-batch: {r['complete_before_kill']} of "
+        f"{r['requests']} requests had their answer, the others get an error; the "
         f"server is down after {r['seconds_until_down']:.1f} s, nothing of it is left on "
         f"the GPU, and a fresh one gives {r['equal_after_restart']} of {r['compared']} "
         "answers bit for bit as before.\n"
@@ -200,7 +205,7 @@ def _profile(section: Mapping[str, Any]) -> str:
                         f"{b['preparation_launches']}",
                         "its GPU time": f"{a['preparation_us']:.0f} -> "
                         f"{b['preparation_us']:.0f} us",
-                        "less": f"{a['preparation_us'] / b['preparation_us']:.2f}x",
+                        "ratio": f"{a['preparation_us'] / b['preparation_us']:.2f}",
                         "the whole layer": f"{a['us']:.0f} -> {b['us']:.0f} us",
                     }
                 )
@@ -244,22 +249,24 @@ def _profile(section: Mapping[str, Any]) -> str:
         "attention kernels that do nothing. Launches "
         "and GPU time of one layer, from SGLang's profiler; the preparation is what is "
         "neither projection, norm, activation nor attention: RoPE, concatenation, "
-        "casts, cache row, the fill of the output, and for prefix chunks gather, pack and "
-        "merge.\n\n"
+        "casts, cache row, zeroing the output, and for prefix chunks gather, pack and "
+        "merge. Prefixes come in chunks of 2048 tokens (SGLANG_MAX_KV_CHUNK_CAPACITY; "
+        "SGLang's default of 131072 takes such a prefix in one).\n\n"
         + table(launches)
         + "\nTime to first token of one request over HTTP, all of it but attention "
         "(median of requests sent to both servers in turn, with a 95% bootstrap interval "
-        "of the saved share; and the fastest, since most of these times is the host's, "
-        "whose noise only adds to them):\n\n"
+        "of the saved share, too narrow where the host's noise lasts for many requests; "
+        "and the fastest, since that noise only adds):\n\n"
         + table(times)
         + "\nPrompt throughput, all of it but attention (likewise):\n\n"
         + table(rates)
         + f"\nProjected share of a DeepSeek-V3 prefill step: saved microseconds a layer "
         f"over the layer's measured time plus attention's, taken as 128 heads x "
         f"(192 + 128) multiply-adds for each of tokens x (tokens / 2 + prefix) pairs at "
-        f"{ATTENTION_RATE / 1e12:.0f} TFLOP/s; {LAYERS} layers. A projection from this "
-        "GPU's BF16 projections and MLP; FP8 ones take less, and the share grows.\n\n"
-        + table(shares)
+        f"{ATTENTION_RATE / 1e12:.0f} TFLOP/s; {LAYERS} layers. A projection: FP8 weights "
+        "would take less time than this GPU's BF16 ones, which makes the share larger; "
+        "routing, all experts of a batch and communication, which are not in it, make it "
+        "smaller.\n\n" + table(shares)
     )
 
 
@@ -274,7 +281,7 @@ def _share(size: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, s
         "layer": f"{a['us']:.0f} us",
         "attention": f"{attention:.0f} us",
         "share": f"{saved / (a['us'] + attention):.1%}",
-        "a step": f"{saved * LAYERS / 1e3:.1f} ms",
+        "saved a step": f"{saved * LAYERS / 1e3:.1f} ms",
     }
 
 
@@ -297,8 +304,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         (
             "load",
             "\n## Load\n\nA storm of requests with shared prefixes, aborts and cache "
-            "flushes, 200 at once; prompts of 8,192 tokens aborted partway, with short requests in "
-            "their chunks; and the storm's requests in quiet.\n",
+            "flushes, 200 at once; prompts of 8,192 tokens aborted partway, with short "
+            "requests behind them; and the storm's requests in quiet.\n",
             _load,
         ),
         ("kill", "\n## Killed in mid-batch\n", _kill),

@@ -108,15 +108,15 @@ class Answer:
         )
         if reason.get("type") == "abort" and reason.get("message"):
             answer.error = str(reason["message"])
-        if request.logprob_start is not None and answer.error is None:
-            # The first has nothing before it in what was asked for.
-            answer.input_logprobs = [
-                entry[0] for entry in meta["input_token_logprobs"][1:]
-            ]
-            answer.output_logprobs = [
-                entry[0]
-                for entry in meta["output_token_logprobs"][: request.max_new_tokens]
-            ]
+        if request.logprob_start is None:
+            return answer
+        outputs = meta.get("output_token_logprobs") or []
+        answer.output_logprobs = [x[0] for x in outputs[: request.max_new_tokens]]
+        if answer.error is None:
+            # The first has nothing before it in what was asked for. An aborted request
+            # may have some of the others only.
+            inputs = meta.get("input_token_logprobs") or []
+            answer.input_logprobs = [x[0] for x in inputs[1:]]
         return answer
 
 
@@ -206,8 +206,7 @@ def _kill(processes: Sequence[psutil.Process]) -> None:
 
 def kill_all() -> None:
     """SIGKILL to every process of every server here."""
-    for server in list(_running):
-        server.kill()
+    _kill([process for server in list(_running) for process in server.processes()])
 
 
 class Server:

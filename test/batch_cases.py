@@ -1284,7 +1284,7 @@ FP8, and the hook once; the attention output differs by less than {bound:.0%} (r
 square). With `k_scale` or `v_scale`, that one FP8 value holds for all of K or V.
 
 Activations beyond ±448, and infinity, become ±448, where the unpatched SGLang's cast
-gives NaN on GPUs for everything from 464 upwards; NaN stays NaN.
+gives NaN on GPUs for everything above 464; NaN stays NaN.
 
 A case's test is `test/test_every_batch.py::TEST[CASE-BACKEND]`, which runs it on SGLang's
 own classes, patched and unpatched. The attention kernels, which need SM100, are replaced

@@ -18,7 +18,6 @@ from e2e import __main__ as suite
 from e2e import compare, profiles, report
 from e2e import servers as servers_module
 from e2e.servers import Answer, Request, Server, ServerSpec
-from e2e.servers import _running as running
 from mla_standin import models
 from mla_standin.kernels import CAUSAL, DECODE, PREFIX_CHUNK
 from transformers import AutoModelForCausalLM
@@ -143,7 +142,7 @@ class TestStart:
             for one in servers:
                 one.start()
         finally:
-            running.clear()
+            servers_module._running.clear()
         ports = []
         for command, kw in started:
             options = dict(zip(command, command[1:]))

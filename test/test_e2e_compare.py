@@ -910,9 +910,8 @@ class TestPairs:
 
     def run(self, references, tiny, monkeypatch, record=(), **changes):
         """`run_case` without servers' processes."""
-        call = dict(kernel="k", padded=False)
-        read = lambda server: (dict(calls=[{**call, **dict(record)}]), [])  # noqa: E731
-        monkeypatch.setattr(pairs, "check_record", read)
+        calls = [dict(kernel="k", padded=False) | dict(record)]
+        monkeypatch.setattr(pairs, "check_record", lambda s: (dict(calls=calls), []))
 
         def pair(case, stack):
             servers = [StandInServer(tiny, seed=seed) for seed in (0, 1)]

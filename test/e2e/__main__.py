@@ -81,9 +81,8 @@ def run_load(run: Run, name: str) -> dict[str, Any]:
             parts = dict(first=first, storm=stormed, prefills=prefills)
             return {**parts, "leaks": after, "quiet": alone}
 
-        driven = side_by_side(*(lambda s=s: drive(s) for s in servers))
         problems = []
-        for server, parts in zip(servers, driven):
+        for server, parts in zip(servers, side_by_side(drive, servers)):
             side = server.spec.side
             parts["answers"] = load.compare_answers(
                 parts["storm"], parts["quiet"], reference
@@ -152,7 +151,7 @@ def run_profile(run: Run) -> Iterator[dict[str, Any]]:
             layers = [
                 profiles.profiles(server, vocab, sizes, prefixes) for server in pair
             ]
-            repeats = 5 if run.quick else 40
+            repeats, storms = (5, 3) if run.quick else (40, 10)
             timed = {str(size): (size, repeats) for size in sizes}
             for prefix in prefixes:
                 timed[f"{sizes[-1]} behind {prefix}"] = (sizes[-1], repeats, prefix)
@@ -160,7 +159,7 @@ def run_profile(run: Run) -> Iterator[dict[str, Any]]:
                 size: profiles.time_to_first_token(pair, vocab, *what)
                 for size, what in timed.items()
             }
-            rate = profiles.throughput(pair, vocab, sizes[-1] // 4, 16, repeats // 4)
+            rate = profiles.throughput(pair, vocab, sizes[-1] // 4, 16, storms)
             sides = ("unpatched", "patched")
             result = {
                 "layers": dict(zip(sides, layers)),

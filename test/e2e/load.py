@@ -115,8 +115,7 @@ def storm(
     answers = [None] * len(requests)
     tally = {"at_lulls": 0, "refused": 0, "done_under_load": 0}
 
-    _drain_and_flush(server, problems, "before the storm")
-    pool = _pool(server, problems, "before the storm")
+    pool = _empty_pool(server, problems, "before the storm")
 
     def flush_under_load():
         status = server.post("/flush_cache").status_code
@@ -143,15 +142,14 @@ def storm(
             break
         if number < flushes:
             where = f"after wave {number + 1} of {flushes + 1}"
-            _drain(server, problems, where)
-            _same_pool(pool, _pool(server, problems, where), problems, where)
+            _drain_to(pool, server, problems, where)
             tally["at_lulls"] += _flush(server, problems, where)
 
     fates = dict.fromkeys(FATES, 0)
-    for i, answer in enumerate(answers):
+    complete = 0
+    for i, (request, answer) in enumerate(zip(requests, answers)):
         asked = i in aborts.chosen
-        for fault in faults(requests[i], answer, may_abort=asked):
-            problems.add(f"{_name(requests[i], i)}: {fault}")
+        complete += _check(problems, request, i, answer, may_abort=asked)
         if asked:
             fates[_fate(answer)] += 1
     if aborts.chosen and not sum(fates[fate] for fate in FATES[:3]):
@@ -163,7 +161,7 @@ def storm(
     seconds = time.monotonic() - began
     return {
         "requests": len(requests),
-        "complete": sum(_complete(r, a) for r, a in zip(requests, answers)),
+        "complete": complete,
         "aborts": {"asked": len(aborts.chosen), "sent": aborts.sent, **fates},
         "flushes": tally,
         "prompt_tokens": sum(len(r.input_ids) for r in requests),
@@ -203,14 +201,13 @@ def abort_prefills(
         )
 
     began = time.monotonic()
-    _drain_and_flush(server, problems, "before the aborted prefills")
-    pool = _pool(server, problems, "before the aborted prefills")
+    pool = _empty_pool(server, problems, "before the aborted prefills")
     taken = math.inf
     for index in range(3):
         alone = request(index, tokens)
         answer = _generate(server, _with_run([alone], "alone")[0])
         taken = min(taken, answer["seconds"])
-        problems.extend(f"{alone.rid}: {fault}" for fault in faults(alone, answer))
+        _check(problems, alone, index, answer)
     fates, sent, asked = dict.fromkeys(FATES, 0), 0, 0
     for index in range(10, 10 + 10 * times, 10):
         if not server.alive():
@@ -224,16 +221,13 @@ def abort_prefills(
         answers = drive.run(patience)
         problems.extend(drive.problems + aborts.problems)
         for k, (one, answer) in enumerate(zip(requests, answers)):
-            for fault in faults(one, answer, may_abort=k == 0):
-                problems.add(f"{one.rid}: {fault}")
+            _check(problems, one, index + k, answer, may_abort=k == 0)
         asked, sent = asked + 1, sent + aborts.sent
         fate = _fate(answers[0])
         fates[fate] += 1
         if fate == "too_late":
             taken = min(taken, answers[0]["seconds"])
-        where = f"after {requests[0].rid}"
-        _drain(server, problems, where)
-        _same_pool(pool, _pool(server, problems, where), problems, where)
+        _drain_to(pool, server, problems, f"after {requests[0].rid}")
     if not fates["in_prefill"]:
         problems.add(
             f"none of {asked} aborts found its request in prefill: {fates}; the "
@@ -265,8 +259,7 @@ def quiet(
     for i, request in zip(indices, sent):
         _flush(server, problems, f"before {_name(requests[i], i)}")
         answers.append(_generate(server, request))
-        for fault in faults(requests[i], answers[-1]):
-            problems.add(f"{_name(requests[i], i)}: {fault}")
+        _check(problems, requests[i], i, answers[-1])
     return {
         "requests": len(indices),
         "seconds": round(time.monotonic() - began, 3),
@@ -348,9 +341,8 @@ def snapshot(server, gpu_used: Callable[[Sequence[int]], int] = gpu_used) -> dic
     """What `leaks` compares with: taken of a drained and flushed server, after a first
     storm has warmed it up."""
     problems = _Problems()
-    _drain_and_flush(server, problems, "for the snapshot")
     return {
-        "pool": _pool(server, problems, "for the snapshot"),
+        "pool": _empty_pool(server, problems, "for the snapshot"),
         "memory": _memory(server, gpu_used),
         "log": log_size(server),
         "problems": problems.listed(),
@@ -376,9 +368,7 @@ def leaks(
         status = server.get("/health_generate").status_code
         if status != 200:
             problems.add(f"/health_generate answers with {status}")
-        _drain(server, problems, "after the storm")
-        held = _pool(server, problems, "after the storm")
-        _same_pool(before["pool"], held, problems, "after the storm")
+        _drain_to(before["pool"], server, problems, "after the storm")
         _flush(server, problems, "after the storm")
         pool = _pool(server, problems, "after the last flush")
         _same_pool(before["pool"], pool, problems, "after the last flush")
@@ -436,17 +426,14 @@ def retractions(
         tokens += len(prompt) + requests[-1].max_new_tokens
 
     began, start = time.monotonic(), log_size(server)
-    _drain_and_flush(server, problems, "before the retractions")
-    pool = _pool(server, problems, "before the retractions")
+    pool = _empty_pool(server, problems, "before the retractions")
     drive = _Drive(server, _with_run(requests, "run"), len(requests))
     answers = drive.run(patience)
     problems.extend(drive.problems)
+    complete = 0
     for i, (request, answer) in enumerate(zip(requests, answers)):
-        for fault in faults(request, answer):
-            problems.add(f"{_name(request, i)}: {fault}")
-    _drain(server, problems, "after the retractions")
-    held = _pool(server, problems, "after the retractions")
-    _same_pool(pool, held, problems, "after the retractions")
+        complete += _check(problems, request, i, answer)
+    _drain_to(pool, server, problems, "after the retractions")
     problems.extend(f"log: {line}" for line in log_faults(server, start))
     events = [int(count) for count in RETRACTED.findall(_log(server, start))]
     if not sum(events):
@@ -457,7 +444,7 @@ def retractions(
         )
     return {
         "requests": len(requests),
-        "complete": sum(_complete(r, a) for r, a in zip(requests, answers)),
+        "complete": complete,
         "pool": pool,
         "tokens_asked": tokens,
         "retractions": len(events),
@@ -819,8 +806,11 @@ def _finished(answer):
     )
 
 
-def _complete(request, answer):
-    return _finished(answer) and not faults(request, answer)
+def _check(problems, request, index, answer, may_abort=False):
+    """Whether a request came back complete; what is wrong with it is a problem."""
+    found = faults(request, answer, may_abort)
+    problems.extend(f"{_name(request, index)}: {fault}" for fault in found)
+    return _finished(answer) and not found
 
 
 def _same_answer(a, b):
@@ -935,14 +925,23 @@ def _flush(server, problems, where):
     return False
 
 
-def _drain_and_flush(server, problems, where):
-    return _drain(server, problems, where) and _flush(server, problems, where)
-
-
 def _pool(server, problems, where):
     with problems.catching(f"{where}, counting pool tokens"):
         return dict(server.pool_tokens())
     return None
+
+
+def _empty_pool(server, problems, where):
+    """The pool's tokens of a server that was drained and flushed."""
+    if _drain(server, problems, where):
+        _flush(server, problems, where)
+    return _pool(server, problems, where)
+
+
+def _drain_to(before, server, problems, where):
+    """Drain the server, and find the pool as it was before."""
+    _drain(server, problems, where)
+    _same_pool(before, _pool(server, problems, where), problems, where)
 
 
 def _same_pool(before, now, problems, where):

@@ -66,17 +66,14 @@ def one_gpu_cases() -> list[Case]:
             seeds=3,
         ),
         Case("chunked prefill off", TRTLLM, backend(TRTLLM) + chunked(-1), env=NATURAL),
-        Case(
-            "chunked prefill 2048",
-            TOKENSPEED,
-            backend(TOKENSPEED) + chunked(2048),
-            env=prefix_chunks,
-        ),
-        Case(
-            "chunked prefill 2048",
-            TRTLLM,
-            backend(TRTLLM) + chunked(2048),
-            env={**prefix_chunks, **NATURAL},
+        *(
+            Case(
+                "chunked prefill 2048",
+                name,
+                backend(name) + chunked(2048),
+                env={**prefix_chunks, **NATURAL},
+            )
+            for name in (TOKENSPEED, TRTLLM)
         ),
         Case(
             "chunked prefill 512",
@@ -281,9 +278,9 @@ class Run:
         return servers
 
 
-def side_by_side(*calls: Callable[[], Any]) -> list[Any]:
-    with ThreadPoolExecutor(len(calls)) as pool:
-        return [future.result() for future in [pool.submit(call) for call in calls]]
+def side_by_side(call: Callable[[Server], Any], servers: Sequence[Server]) -> list[Any]:
+    with ThreadPoolExecutor(len(servers)) as pool:
+        return list(pool.map(call, servers))
 
 
 def check_record(server: Server) -> tuple[dict[str, Any], list[str]]:
@@ -385,7 +382,7 @@ def run_case(run: Run, case: Case, questions: Questions, references: References)
         servers = run.pair(case, stack)
         up = time.monotonic()
         unpatched, patched = side_by_side(
-            *(lambda s=s: ask(s, case, questions, run.quick) for s in servers)
+            lambda server: ask(server, case, questions, run.quick), servers
         )
         records = {}
         problems: list[str] = []

@@ -29,9 +29,7 @@ _BASE = dict(
     intermediate_size=2048,
     moe_intermediate_size=256,
     num_hidden_layers=4,
-    first_k_dense_replace=4,  # no experts: they do not meet the code under test
     num_attention_heads=16,
-    num_key_value_heads=16,
     q_lora_rank=1536,
     kv_lora_rank=512,
     qk_nope_head_dim=128,
@@ -60,7 +58,6 @@ KINDS = {
     "v2_lite": dict(q_lora_rank=None, **_DEFAULT_ROPE),
     "glm": dict(
         num_attention_heads=20,
-        num_key_value_heads=20,
         q_lora_rank=768,
         qk_nope_head_dim=192,
         v_head_dim=256,
@@ -74,9 +71,7 @@ KINDS = {
         hidden_size=7168,
         intermediate_size=18432,
         num_hidden_layers=8,
-        first_k_dense_replace=8,
         num_attention_heads=128,
-        num_key_value_heads=128,
         vocab_size=512,
     ),
     # The same at tensor parallel size 8.
@@ -84,7 +79,6 @@ KINDS = {
         hidden_size=7168,
         intermediate_size=2304,
         num_hidden_layers=16,
-        first_k_dense_replace=16,
         vocab_size=512,
     ),
     # For tests of the suite itself on a CPU.
@@ -93,9 +87,7 @@ KINDS = {
         hidden_size=64,
         intermediate_size=64,
         num_hidden_layers=2,
-        first_k_dense_replace=2,
         num_attention_heads=2,
-        num_key_value_heads=2,
         q_lora_rank=32,
         kv_lora_rank=32,
         qk_nope_head_dim=16,
@@ -144,7 +136,13 @@ def make_model(kind: str, folder: Path | str, seed: int = 0) -> Path:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
     if (folder / "config.json").is_file():
         return folder
-    config = DeepseekV3Config(**{**_BASE, **KINDS[kind]})
+    fields = {**_BASE, **KINDS[kind]}
+    config = DeepseekV3Config(
+        **fields,
+        # No experts: they do not meet the code under test.
+        first_k_dense_replace=fields["num_hidden_layers"],
+        num_key_value_heads=fields["num_attention_heads"],
+    )
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     default_dtype = torch.get_default_dtype()
     try:

@@ -15,20 +15,20 @@ READY := $(if $(VENV),$(VENV)/.ready)
 RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 PIP := $(RUN) -m pip --quiet --disable-pip-version-check
 SOURCES := conftest.py prefill_patch python test
-BENCH = $(RUN) test/bench.py --sglang $(SGLANG) $(if $(PEERS),--peers $(PEERS))
+BENCH = $(RUN) test/tools/bench.py --sglang $(SGLANG) $(if $(PEERS),--peers $(PEERS))
 
 .PHONY: run test lint docs compile-check bench bench-check e2e accuracy clean
 
 # Patch a real SGLang, run its own prefill code and print how exact the result is.
 run: $(READY)
-	@$(RUN) test/demo.py --sglang $(SGLANG)
+	@$(RUN) test/tools/demo.py --sglang $(SGLANG)
 
 test: $(READY)
 	$(RUN) -m pytest -n 2 --cov --cov-report=term --sglang $(SGLANG)
 
 # Compile every kernel for every GPU family and read the machine code; needs no GPU.
 compile-check: $(READY)
-	$(RUN) test/bench.py --sglang $(SGLANG) --compile-check
+	$(RUN) test/tools/bench.py --sglang $(SGLANG) --compile-check
 
 # On a GPU: tables, CSV and plots in OUT; QUICK=1 for a minute's worth.
 bench: $(READY)
@@ -43,19 +43,19 @@ bench-check: $(READY)
 # two-GPU part; ONLY="compare load" for some sections; QUICK=1 for fewer prompts.
 e2e: OUT = e2e-results
 e2e: $(READY)
-	PYTHONPATH=test:.:$$PYTHONPATH $(RUN) -m e2e --sglang $(SGLANG) --gpus $(GPUS) \
+	PYTHONPATH=test/tools:test/support:test:.:$$PYTHONPATH $(RUN) -m e2e --sglang $(SGLANG) --gpus $(GPUS) \
 		--out $(OUT) $(if $(ONLY),--only $(ONLY)) $(if $(QUICK),--quick)
 
 # On a GPU host: the error against float64 of q, k, v, cache row and attention, as
 # docs/accuracy.md. QUICK=1 for a check of the report itself, without a GPU too.
 accuracy: $(READY)
 	@$(if $(VENV),$(PIP) install '.[bench]')
-	$(RUN) test/accuracy.py --sglang $(SGLANG) --out docs/accuracy \
+	$(RUN) test/tools/accuracy.py --sglang $(SGLANG) --out docs/accuracy \
 		--e2e docs/e2e/results.json $(if $(QUICK),--quick)
 
 # What is generated from the tests.
 docs: $(READY)
-	$(RUN) test/batch_cases.py --sglang $(SGLANG) > .build/batches.md
+	$(RUN) test/support/batch_cases.py --sglang $(SGLANG) > .build/batches.md
 	cp .build/batches.md docs/batches.md
 
 lint: $(READY)

@@ -22,7 +22,8 @@ def pytest_configure(config):
     config.unpatched_sglang = trees.unpatched
     sys.path.insert(0, str(trees.patched))
     inherited = filter(None, [os.environ.get("PYTHONPATH")])
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(trees.patched), *inherited])
+    paths = [trees.patched, *patched_sglang.PATHS]
+    os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, paths), *inherited])
 
     import sglang_cpu
 

@@ -22,7 +22,7 @@ from prefill_patch.diff import file_diff
 from prefill_patch.errors import PatchError
 from prefill_patch.patch import Patch, State, build, inspect
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RELEASES = ("0.5.12", "0.5.12.post1")
 GIT = shutil.which("git")
 

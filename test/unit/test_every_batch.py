@@ -16,7 +16,7 @@ from mla_harness import fp8_ulps, round_fp8, same_bits
 from sglang.srt.layers.attention import mla_fp8_prefill
 from sglang.srt.layers.attention.mla_fp8_prefill import MLAFP8PrefillMixin
 
-DOCUMENT = Path(__file__).parent.parent / "docs/batches.md"
+DOCUMENT = Path(__file__).parents[2] / "docs/batches.md"
 
 
 def cases_of(test: str):
@@ -285,5 +285,5 @@ def test_names_are_unique():
 
 
 def test_document_is_generated_from_the_table():
-    """`python test/batch_cases.py > docs/batches.md` writes it."""
+    """`python test/support/batch_cases.py > docs/batches.md` writes it."""
     assert DOCUMENT.read_text() == batch_cases.batches_document()

@@ -23,7 +23,7 @@ from prefill_patch.doctor import FAIL, OK, UNKNOWN, Check, Gpu, GpuFacts
 from prefill_patch.patch import Patch, State, inspect
 from prefill_patch.target import Target, open_target
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RELEASES = ("0.5.12", "0.5.12.post1")
 PATCH = Patch.load()
 PINS = {

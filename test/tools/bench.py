@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE.parent / "support"), *map(str, HERE.parents[:2])]
 
 import patched_sglang
 
@@ -23,7 +23,7 @@ def main() -> int:
     if options.peers and not options.compile_check:
         rest += ["--peers", os.path.abspath(options.peers)]
     tree = patched_sglang.lay_out(options.sglang).patched
-    path = [str(tree), str(HERE), os.environ.get("PYTHONPATH", "")]
+    path = [str(tree), str(HERE.parent / "support"), os.environ.get("PYTHONPATH", "")]
     script = tree / "sglang/jit_kernel/benchmark/bench_mla_fp8_prefill.py"
     if options.compile_check:
         script = HERE / "compile_check.py"

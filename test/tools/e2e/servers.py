@@ -21,7 +21,7 @@ import psutil
 import requests
 from mla_standin.kernels import RECORD_EVERY
 
-TEST = Path(__file__).resolve().parent.parent
+TEST = Path(__file__).resolve().parents[2]
 
 # What makes servers comparable and quick to start, and what the stand-ins need: they
 # read lengths on the host, which a CUDA graph cannot.

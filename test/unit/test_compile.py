@@ -9,7 +9,7 @@ from pathlib import Path
 def test_compile_check():
     # A process of its own: here the kernels are interpreted, there compiled.
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("compile_check.py")],
+        [sys.executable, Path(__file__).parents[1] / "tools/compile_check.py"],
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,

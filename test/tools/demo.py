@@ -10,7 +10,8 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent / "support"), *map(str, HERE.parents[:2])]
 
 import patched_sglang
 

@@ -340,7 +340,7 @@ class TestProfiles:
         assert {len(ids) for _, requests in asked for ids in requests} == {100}
 
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs/e2e/results.json"
+RESULTS = Path(__file__).resolve().parents[2] / "docs/e2e/results.json"
 
 
 class TestReport:

@@ -24,7 +24,7 @@ from prefill_patch.cli import main
 from prefill_patch.target import open_target
 from sglang.test.ci.ci_register import HWBackend, collect_tests
 
-TEST = Path(__file__).resolve().parent
+TEST = Path(__file__).resolve().parents[1]
 REGISTERED = sorted((TEST / "registered").rglob("*.py"))
 STANDIN = TEST / "registered/mla/test_mla_fp8_prefill_standin.py"
 
@@ -164,7 +164,13 @@ def test_checkout_has_what_the_standin_suite_imports(checkout, standin, tmp_path
         print(VOCAB, *(part.__file__ for part in parts))
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), tmp_path / "model", TEST],
+        [
+            sys.executable,
+            "-c",
+            textwrap.dedent(code),
+            tmp_path / "model",
+            TEST / "support",
+        ],
         env={**os.environ, "PYTHONPATH": str(checkout / "test")},
         cwd=tmp_path,
         capture_output=True,

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE.parent / "support"), *map(str, HERE.parents[:2])]
 CHUNK = 8192
 CASES = [(heads, chunks) for heads in (128, 16) for chunks in (0, 1, 4)]
 HOST_TOKENS = (1, 8, 128)

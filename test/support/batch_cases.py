@@ -2,7 +2,7 @@
 
 `CASES` is what the tests run and what docs/batches.md is made of:
 
-    python test/batch_cases.py > docs/batches.md
+    python test/support/batch_cases.py > docs/batches.md
 
 A `Run` says how to build a layer and a batch and how to run them, by values and
 functions that pickle, so that the unpatched SGLang runs the same in its own process.
@@ -25,7 +25,7 @@ from unittest import mock
 
 if __name__ == "__main__":
     # The tests' conftest.py does this for the tests.
-    sys.path.append(str(Path(__file__).parent.parent))
+    sys.path += [str(Path(__file__).parents[n]) for n in (1, 2)]
     import patched_sglang
 
     parser = argparse.ArgumentParser(description="Print docs/batches.md.")
@@ -1286,7 +1286,7 @@ square). With `k_scale` or `v_scale`, that one FP8 value holds for all of K or V
 Activations beyond ±448, and infinity, become ±448, where the unpatched SGLang's cast
 gives NaN on GPUs for everything above 464; NaN stays NaN.
 
-A case's test is `test/test_every_batch.py::TEST[CASE-BACKEND]`, which runs it on SGLang's
+A case's test is `test/unit/test_every_batch.py::TEST[CASE-BACKEND]`, which runs it on SGLang's
 own classes, patched and unpatched. The attention kernels, which need SM100, are replaced
 by references that take any dimensions: where the real ones do not (trtllm-gen takes Q and
 K of 192 with V of 128, or 128 throughout; tokenspeed_mla 192 with 128), as for GLM's, a

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Callable, Iterator, Optional, Sequence
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE.parent / "support"), *map(str, HERE.parents[:2])]
 
 import torch
 from patched_sglang import call_elsewhere
@@ -1063,7 +1063,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         trees = patched_sglang.lay_out(given.sglang)
         sys.path.insert(0, str(trees.patched))
         # Paths of the host that it ran on say nothing to a reader elsewhere.
-        command = "python test/accuracy.py --sglang … --out docs/accuracy --e2e …"
+        command = "python test/tools/accuracy.py --sglang … --out docs/accuracy --e2e …"
         command += " --model …" * bool(given.model) + " --quick" * given.quick
         results = measure(
             trees.unpatched,

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple, Optional
 from prefill_patch import SOURCE, cli
 from prefill_patch.target import open_target
 
-TEST = Path(__file__).resolve().parent
-BUILD = TEST.parent / ".build"
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / ".build"
+# What the project's own processes import from, but for SGLang.
+PATHS = tuple(ROOT / part for part in ("", "test", "test/support", "test/tools"))
 
 
 class Trees(NamedTuple):
@@ -72,7 +74,7 @@ def lay_out(sglang: str) -> Trees:
 def run_python(site: Path, *arguments: str, cwd: Optional[str] = None) -> str:
     """What Python prints, run with the SGLang of the folder `site` and this project to
     import; raises with the end of its errors if it fails."""
-    paths = [str(site), str(TEST), str(TEST.parent), os.environ.get("PYTHONPATH")]
+    paths = [str(site), *map(str, PATHS), os.environ.get("PYTHONPATH")]
     done = subprocess.run(
         [sys.executable, *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},

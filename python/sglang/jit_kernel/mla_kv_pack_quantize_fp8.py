@@ -8,41 +8,24 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang.jit_kernel.fp8_quantize import (
+from sglang.jit_kernel.fp8_common import (
     FP8_DTYPES,
-    Launcher,
-    _load_scale,
-    _to_fp8,
     as_scale,
+    block_shape,
     check_device,
     check_fp8_dtype,
+    check_head_dims,
     check_input,
     check_output,
-    fp8_conversion,
-    layout_key,
-    resolve_pdl,
+    launch,
+    load_scale,
+    rope_dim,
+    to_fp8,
 )
 
 # (token, head) rows a program takes: enough 16-byte loads in flight for each thread,
 # and small batches still spread over the GPU.
-PROGRAM_ROWS = 8
-NUM_WARPS = 4
-
-
-def block_shape(num_heads: int, program_rows: int) -> tuple[int, int]:
-    """(tokens, heads) of a program of so many rows, without a lane on a missing head."""
-    block_h = min(num_heads & -num_heads, program_rows) or 1
-    return program_rows // block_h, block_h
-
-
-def rope_dim(k_pe: torch.Tensor) -> int:
-    """rope of k_pe [s, 1, rope] or [s, rope]; either has the token stride first."""
-    shape = k_pe.shape
-    if len(shape) not in (2, 3) or shape[1:-1] not in ((), (1,)) or shape[-1] == 0:
-        raise ValueError(
-            f"k_pe must be [s, 1, rope] or [s, rope], got shape {tuple(shape)}"
-        )
-    return shape[-1]
+_PROGRAM_ROWS = 8
 
 
 @triton.jit(do_not_specialize=["num_tokens", "k_scale_inv", "v_scale_inv"])
@@ -102,12 +85,12 @@ def _mla_kv_pack_quantize_fp8_kernel(
     k_nope = tl.load(k_nope_row + nope, mask=nope_mask)
     v = tl.load(v_ptr + t * v_token_stride + h * v_head_stride + dim_v, mask=v_mask)
     k_pe = tl.load(k_pe_ptr + t * k_pe_token_stride + rope, mask=rope_mask)
-    k_scale = _load_scale(k_scale_inv, K_SCALE_KIND)
-    v_scale = _load_scale(v_scale_inv, V_SCALE_KIND)
+    k_scale = load_scale(k_scale_inv, K_SCALE_KIND)
+    v_scale = load_scale(v_scale_inv, V_SCALE_KIND)
 
-    k_nope = _to_fp8(k_nope, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
-    k_pe = _to_fp8(k_pe, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
-    v = _to_fp8(v, v_scale, V_SCALE_KIND, FP8_DTYPE, CONVERSION)
+    k_nope = to_fp8(k_nope, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
+    k_pe = to_fp8(k_pe, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
+    v = to_fp8(v, v_scale, V_SCALE_KIND, FP8_DTYPE, CONVERSION)
 
     k_row = k_ptr + t * k_token_stride + h * k_head_stride
     v_fp8_row = v_fp8_ptr + t * v_fp8_token_stride + h * v_fp8_head_stride
@@ -135,7 +118,7 @@ def mla_kv_pack_quantize_fp8(
 
     Args:
         k_nope: [s, h, nope], bfloat16 or float16. Here and below the last dimension is
-            contiguous and the other strides are free.
+            contiguous and a multiple of 16, and the other strides are free.
         k_pe: [s, 1, rope] or [s, rope], of k_nope's dtype; shared by the heads.
         v: [s, h, v], of k_nope's dtype.
         k_scale_inv, v_scale_inv: reciprocals of the quantization scales, each a float
@@ -147,101 +130,72 @@ def mla_kv_pack_quantize_fp8(
             it. True is ignored on a GPU without it.
 
     Returns:
-        (k, v) in FP8; rounding as in ``fp8_quantize``.
+        (k, v) in FP8; rounding as in ``fp8_common``.
 
     Raises:
         ValueError: an argument of wrong dtype, shape, layout or device, by its name.
         RuntimeError: the GPU has no FP8 conversion (before SM89).
     """
-    s = k_nope.shape[0] if k_nope.dim() > 0 else 0
-    k_kind, k_scale_inv = as_scale("k_scale_inv", k_scale_inv, k_nope)
-    v_kind, v_scale_inv = as_scale("v_scale_inv", v_scale_inv, k_nope)
-    settings = (k_kind, v_kind, fp8_dtype, enable_pdl)
-    key = (layout_key(k_nope, k_pe, v, k_out, v_out), s > 1, settings)
-    plan = _PLANS.get(key)
-    if plan is None:
-        plan = _PLANS[key] = _Plan(k_nope, k_pe, v, k_out, v_out, *settings)
-    for name, x in (("k_pe", k_pe), ("v", v), ("k_out", k_out), ("v_out", v_out)):
-        if x is not None and x.shape[0] != s:
-            raise ValueError(
-                f"{name} must have k_nope's {s} tokens, got shape {tuple(x.shape)}"
-            )
+    check_fp8_dtype(fp8_dtype)
+    check_device("k_nope", k_nope)
+    if k_nope.dim() != 3 or k_nope.shape[1] == 0:
+        raise ValueError(f"k_nope must be [s, h, nope], got {tuple(k_nope.shape)}")
+    s, h, nope = k_nope.shape
+    rope = rope_dim(k_pe)
+    if v.dim() != 3 or v.shape[:2] != (s, h):
+        raise ValueError(f"v must be [{s}, {h}, v], got shape {tuple(v.shape)}")
+    if k_pe.shape[0] != s:
+        raise ValueError(
+            f"k_pe must have k_nope's {s} tokens, got shape {tuple(k_pe.shape)}"
+        )
+    dim_v = v.shape[2]
+    check_head_dims(nope=nope, rope=rope, v=dim_v)
+    check_input("k_nope", k_nope)
+    check_input("k_pe", k_pe, k_nope)
+    check_input("v", v, k_nope)
+    k_kind, k_scale_inv = as_scale("k_scale_inv", k_scale_inv, v)
+    v_kind, v_scale_inv = as_scale("v_scale_inv", v_scale_inv, v)
     if k_out is None:
-        k_out = v.new_empty((s, *plan.k_shape), dtype=fp8_dtype)
+        k_out = v.new_empty((s, h, nope + rope), dtype=fp8_dtype)
+    else:
+        check_output("k_out", k_out, (s, h, nope + rope), fp8_dtype, v.device)
     if v_out is None:
-        v_out = v.new_empty((s, *plan.v_shape), dtype=fp8_dtype)
-    if s > 0 and plan.parts > 0:
-        plan.launch(
-            -(-s // plan.block_t) * plan.parts,
-            (k_nope, k_pe, v, k_out, v_out),
-            (
-                k_scale_inv,
-                v_scale_inv,
-                s,
-                *plan.strides,
-                *k_out.stride()[:2],
-                *v_out.stride()[:2],
-            ),
-        )
+        v_out = v.new_empty((s, h, dim_v), dtype=fp8_dtype)
+    else:
+        check_output("v_out", v_out, (s, h, dim_v), fp8_dtype, v.device)
+    if s == 0:
+        return k_out, v_out
+
+    block_t, block_h = block_shape(h, _PROGRAM_ROWS)
+    launch(
+        _mla_kv_pack_quantize_fp8_kernel,
+        triton.cdiv(s, block_t) * (h // block_h),
+        k_nope,
+        k_pe,
+        v,
+        k_out,
+        v_out,
+        k_scale_inv,
+        v_scale_inv,
+        s,
+        *k_nope.stride()[:2],
+        k_pe.stride(0),
+        *v.stride()[:2],
+        *k_out.stride()[:2],
+        *v_out.stride()[:2],
+        device=v.device,
+        enable_pdl=enable_pdl,
+        NUM_HEADS=h,
+        NOPE=nope,
+        ROPE=rope,
+        V=dim_v,
+        NOPE_P2=triton.next_power_of_2(nope),
+        ROPE_P2=triton.next_power_of_2(rope),
+        V_P2=triton.next_power_of_2(dim_v),
+        K_SCALE_KIND=k_kind,
+        V_SCALE_KIND=v_kind,
+        FP8_DTYPE=FP8_DTYPES[fp8_dtype],
+        BLOCK_T=block_t,
+        BLOCK_H=block_h,
+    )
     return k_out, v_out
-
-
-class _Plan:
-    """What calls of one layout share: checked once, with the kernel compiled for it."""
-
-    def __init__(
-        self, k_nope, k_pe, v, k_out, v_out, k_kind, v_kind, fp8_dtype, enable_pdl
-    ):
-        check_fp8_dtype(fp8_dtype)
-        check_device("k_nope", k_nope)
-        if k_nope.dim() != 3 or k_nope.shape[2] == 0:
-            raise ValueError(f"k_nope must be [s, h, nope], got {tuple(k_nope.shape)}")
-        h, nope = k_nope.shape[1:]
-        rope = rope_dim(k_pe)
-        if v.dim() != 3 or v.shape[1] != h or v.shape[2] == 0:
-            raise ValueError(f"v must be [s, {h}, v], got shape {tuple(v.shape)}")
-        check_input("k_nope", k_nope)
-        check_input("k_pe", k_pe, k_nope)
-        check_input("v", v, k_nope)
-        dim_v = v.shape[2]
-        self.k_shape, self.v_shape = (h, nope + rope), (h, dim_v)
-        for name, out, shape in (
-            ("k_out", k_out, self.k_shape),
-            ("v_out", v_out, self.v_shape),
-        ):
-            if out is not None:
-                check_output(name, out, (len(out), *shape), fp8_dtype, v.device)
-
-        self.strides = (
-            *k_nope.stride()[:2],
-            k_pe.stride(0),
-            *v.stride()[:2],
-        )
-        self.block_t, block_h = block_shape(h, PROGRAM_ROWS)
-        self.parts = h // block_h
-        pdl = v.is_cuda and resolve_pdl(enable_pdl)
-        self.launch = Launcher(
-            _mla_kv_pack_quantize_fp8_kernel,
-            v.device,
-            dict(
-                NUM_HEADS=h,
-                NOPE=nope,
-                ROPE=rope,
-                V=dim_v,
-                NOPE_P2=triton.next_power_of_2(nope),
-                ROPE_P2=triton.next_power_of_2(rope),
-                V_P2=triton.next_power_of_2(dim_v),
-                K_SCALE_KIND=k_kind,
-                V_SCALE_KIND=v_kind,
-                FP8_DTYPE=FP8_DTYPES[fp8_dtype],
-                CONVERSION=fp8_conversion(v.device),
-                BLOCK_T=self.block_t,
-                BLOCK_H=block_h,
-                ENABLE_PDL=pdl,
-            ),
-            num_warps=NUM_WARPS,
-            enable_pdl=pdl,
-        )
-
-
-_PLANS: dict[tuple, _Plan] = {}

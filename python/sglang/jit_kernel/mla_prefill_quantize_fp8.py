@@ -10,32 +10,36 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang.jit_kernel.fp8_quantize import (
+from sglang.jit_kernel.fp8_common import (
     FP8_DTYPES,
-    Launcher,
-    _load_scale,
-    _to_fp8,
+    SCALE_UNIT,
     as_scale,
+    block_shape,
     check_device,
     check_fp8_dtype,
+    check_head_dims,
+    check_index,
     check_input,
-    fp8_conversion,
-    layout_key,
-    resolve_pdl,
+    launch,
+    load_scale,
+    rope_dim,
+    to_fp8,
 )
-from sglang.jit_kernel.mla_kv_pack_quantize_fp8 import block_shape, rope_dim
 
 # (token, head) rows a program takes: enough 16-byte loads in flight for each thread,
 # few enough registers, and small batches still spread over the GPU.
-PROGRAM_ROWS = 16
-PROGRAM_ROWS_OF_WIDE_HEADS = 8  # nope + v beyond 256, as GLM's
-NUM_WARPS = 4
+_PROGRAM_ROWS = 16
+_PROGRAM_ROWS_OF_WIDE_HEADS = 8  # nope + v beyond 256, as GLM's
 
-ROPE_NONE, ROPE_INTERLEAVED, ROPE_NEOX = 0, 1, 2
+ROPE_NONE: tl.constexpr = tl.constexpr(0)
+ROPE_INTERLEAVED: tl.constexpr = tl.constexpr(1)
+ROPE_NEOX: tl.constexpr = tl.constexpr(2)
 
 
 @triton.jit
-def _load_pairs(row, live, HALF: tl.constexpr, HALF_P2: tl.constexpr, NEOX):
+def _load_pairs(
+    row, live, HALF: tl.constexpr, HALF_P2: tl.constexpr, NEOX: tl.constexpr
+):
     """Both members, in float32, of the HALF rotary pairs that lie at `row`.
 
     `row` is [T, H, 1]; the members are [T, H, HALF_P2].
@@ -53,7 +57,9 @@ def _load_pairs(row, live, HALF: tl.constexpr, HALF_P2: tl.constexpr, NEOX):
 
 
 @triton.jit
-def _store_pairs(row, live, x, y, HALF: tl.constexpr, HALF_P2: tl.constexpr, NEOX):
+def _store_pairs(
+    row, live, x, y, HALF: tl.constexpr, HALF_P2: tl.constexpr, NEOX: tl.constexpr
+):
     if NEOX:
         i = tl.arange(0, HALF_P2)[None, None, :]
         mask = live & (i < HALF)
@@ -77,7 +83,7 @@ def _load_cos_sin(
     ROPE_STYLE: tl.constexpr,
 ):
     """cos and sin, [T, 1, HALF_P2] each, at the positions of tokens t."""
-    if ROPE_STYLE == 0:
+    if ROPE_STYLE == ROPE_NONE:
         return 1.0, 0.0
     else:
         position = tl.load(positions_ptr + t, mask=live, other=0).to(tl.int64)
@@ -89,14 +95,16 @@ def _load_cos_sin(
 
 @triton.jit
 def _rotate(x, y, cos, sin, ROPE_STYLE: tl.constexpr):
-    if ROPE_STYLE == 0:
+    if ROPE_STYLE == ROPE_NONE:
         return x, y
     else:
         return x * cos - y * sin, y * cos + x * sin
 
 
+# Two-batch overlap slices positions and slots at any token, aligned or not.
 @triton.jit(
-    do_not_specialize=["k_scale_inv", "v_scale_inv", "num_tokens", "num_cache_rows"]
+    do_not_specialize=["k_scale_inv", "v_scale_inv", "num_tokens", "num_cache_rows"],
+    do_not_specialize_on_alignment=["positions_ptr", "cache_loc_ptr"],
 )
 def _mla_prefill_quantize_fp8_kernel(
     q_ptr,
@@ -145,7 +153,7 @@ def _mla_prefill_quantize_fp8_kernel(
     HEAD_BLOCKS: tl.constexpr = NUM_HEADS // BLOCK_H
     PARTS: tl.constexpr = HEAD_BLOCKS + (1 if LORA > 0 else 0)
     HALF: tl.constexpr = ROPE // 2
-    NEOX: tl.constexpr = ROPE_STYLE == 2
+    NEOX: tl.constexpr = ROPE_STYLE == ROPE_NEOX
     pid = tl.program_id(0)
     part = pid % PARTS
     t = (pid // PARTS).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -183,18 +191,18 @@ def _mla_prefill_quantize_fp8_kernel(
             HALF_P2,
             ROPE_STYLE,
         )
-        k_scale = _load_scale(k_scale_inv, K_SCALE_KIND)
-        v_scale = _load_scale(v_scale_inv, V_SCALE_KIND)
+        k_scale = load_scale(k_scale_inv, K_SCALE_KIND)
+        v_scale = load_scale(v_scale_inv, V_SCALE_KIND)
 
         q_x, q_y = _rotate(q_x, q_y, cos, sin, ROPE_STYLE)
         k_x, k_y = _rotate(k_x, k_y, cos, sin, ROPE_STYLE)
-        q_nope_fp8 = _to_fp8(q_nope, 1.0, 0, FP8_DTYPE, CONVERSION)
-        q_x_fp8 = _to_fp8(q_x, 1.0, 0, FP8_DTYPE, CONVERSION)
-        q_y_fp8 = _to_fp8(q_y, 1.0, 0, FP8_DTYPE, CONVERSION)
-        k_nope_fp8 = _to_fp8(k_nope, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
-        k_x_fp8 = _to_fp8(k_x, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
-        k_y_fp8 = _to_fp8(k_y, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
-        v_fp8 = _to_fp8(v, v_scale, V_SCALE_KIND, FP8_DTYPE, CONVERSION)
+        q_nope_fp8 = to_fp8(q_nope, 1.0, SCALE_UNIT, FP8_DTYPE, CONVERSION)
+        q_x_fp8 = to_fp8(q_x, 1.0, SCALE_UNIT, FP8_DTYPE, CONVERSION)
+        q_y_fp8 = to_fp8(q_y, 1.0, SCALE_UNIT, FP8_DTYPE, CONVERSION)
+        k_nope_fp8 = to_fp8(k_nope, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
+        k_x_fp8 = to_fp8(k_x, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
+        k_y_fp8 = to_fp8(k_y, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
+        v_fp8 = to_fp8(v, v_scale, V_SCALE_KIND, FP8_DTYPE, CONVERSION)
 
         row = t * NUM_HEADS + h
         q_out_row = q_fp8_ptr + row * (NOPE + ROPE)
@@ -225,9 +233,9 @@ def _mla_prefill_quantize_fp8_kernel(
                 ROPE_STYLE,
             )
             x, y = _rotate(x, y, cos_t, sin_t, ROPE_STYLE)
-            latent_fp8 = _to_fp8(latent, 1.0, 0, FP8_DTYPE, CONVERSION)
-            x_fp8 = _to_fp8(x, 1.0, 0, FP8_DTYPE, CONVERSION)
-            y_fp8 = _to_fp8(y, 1.0, 0, FP8_DTYPE, CONVERSION)
+            latent_fp8 = to_fp8(latent, 1.0, SCALE_UNIT, FP8_DTYPE, CONVERSION)
+            x_fp8 = to_fp8(x, 1.0, SCALE_UNIT, FP8_DTYPE, CONVERSION)
+            y_fp8 = to_fp8(y, 1.0, SCALE_UNIT, FP8_DTYPE, CONVERSION)
             cache_row = kv_cache_ptr + slot * kv_cache_slot_stride
             tl.store(cache_row + lora, latent_fp8, mask=lora_mask)
             _store_pairs(cache_row + LORA, cached, x_fp8, y_fp8, HALF, HALF_P2, NEOX)
@@ -261,10 +269,11 @@ def mla_prefill_quantize_fp8(
 
     Args:
         q: [s, h, nope + rope], bfloat16 or float16. Here and below the last dimension
-            is contiguous and the other strides are free; no input is modified.
+            is contiguous and the other strides are free; no input is modified. nope,
+            rope and v are multiples of 16.
         kv: [s, h, nope + v], the output of ``kv_b_proj``, of q's dtype.
         kv_a: [s, lora], the latent after its norm, of q's dtype.
-        k_pe: [s, 1, rope] or [s, rope], before RoPE, of q's dtype; rope is even.
+        k_pe: [s, 1, rope] or [s, rope], before RoPE, of q's dtype.
         positions: [s], int32 or int64, each below cos_sin_cache's length (not checked).
         cos_sin_cache: [max_position, rope] float32, cosines in the first half of a row
             and sines in the second; None for no RoPE.
@@ -282,66 +291,77 @@ def mla_prefill_quantize_fp8(
 
     Returns:
         (q [s, h, nope + rope], k [s, h, nope + rope], v [s, h, v]), contiguous, in FP8;
-        rounding as in ``fp8_quantize``.
+        rounding as in ``fp8_common``.
 
     Raises:
         ValueError: an argument of wrong dtype, shape, layout or device, by its name.
         RuntimeError: the GPU has no FP8 conversion (before SM89).
     """
-    if kv_cache is not None and kv_cache.dtype == torch.uint8:
-        kv_cache = kv_cache.view(fp8_dtype)
-    tensors = (q, kv, kv_a, k_pe, positions, cos_sin_cache, kv_cache, cache_loc)
-    s = q.shape[0] if q.dim() > 0 else 0
-    num_cache_rows = 0 if cache_loc is None else cache_loc.numel()
-    k_kind, k_scale_inv = as_scale("k_scale_inv", k_scale_inv, q)
-    v_kind, v_scale_inv = as_scale("v_scale_inv", v_scale_inv, q)
-    settings = (is_neox, qk_nope_head_dim, k_kind, v_kind, fp8_dtype, enable_pdl)
-    key = (layout_key(*tensors), s > 1, num_cache_rows > 1, settings)
-    plan = _PLANS.get(key)
-    if plan is None:
-        plan = _PLANS[key] = _Plan(*tensors, *settings)
-    if not s == kv.shape[0] == kv_a.shape[0] == k_pe.shape[0] == positions.shape[0]:
+    check_fp8_dtype(fp8_dtype)
+    check_device("q", q)
+    nope = qk_nope_head_dim
+    if q.dim() != 3 or q.shape[1] == 0 or not 0 < nope < q.shape[2]:
         raise ValueError(
-            "q, kv, kv_a, k_pe and positions must have the same number of tokens, got "
-            f"{s}, {kv.shape[0]}, {kv_a.shape[0]}, {k_pe.shape[0]} and "
+            f"q must be [s, h, nope + rope] with qk_nope_head_dim={nope}, got shape "
+            f"{tuple(q.shape)}"
+        )
+    s, h, rope = q.shape[0], q.shape[1], q.shape[2] - nope
+    if kv.dim() != 3 or kv.shape[:2] != (s, h) or kv.shape[2] <= nope:
+        raise ValueError(
+            f"kv must be [{s}, {h}, {nope} + v], got shape {tuple(kv.shape)}"
+        )
+    if kv_a.dim() != 2 or kv_a.shape[0] != s:
+        raise ValueError(f"kv_a must be [{s}, lora], got shape {tuple(kv_a.shape)}")
+    if rope_dim(k_pe) != rope or k_pe.shape[0] != s:
+        raise ValueError(
+            f"k_pe must have q's {s} tokens and rope dimension, {rope}, got shape "
+            f"{tuple(k_pe.shape)}"
+        )
+    dim_v = kv.shape[2] - nope
+    check_head_dims(nope=nope, rope=rope, v=dim_v)
+    check_input("q", q)
+    check_input("kv", kv, q)
+    check_input("kv_a", kv_a, q)
+    check_input("k_pe", k_pe, q)
+    check_index("positions", positions, q.device)
+    if positions.shape[0] != s:
+        raise ValueError(
+            f"positions must be one for each of q's {s} tokens, got "
             f"{positions.shape[0]}"
         )
-    if num_cache_rows > s:
-        raise ValueError(
-            f"cache_loc must have at most one slot for each of q's {s} tokens, got "
-            f"{num_cache_rows}"
-        )
-    q_out = q.new_empty((s, *plan.qk_shape), dtype=fp8_dtype)
-    k_out = q.new_empty((s, *plan.qk_shape), dtype=fp8_dtype)
-    v_out = q.new_empty((s, *plan.v_shape), dtype=fp8_dtype)
-    if s > 0:
-        plan.launch(
-            -(-s // plan.block_t) * plan.parts,
-            (*tensors, q_out, k_out, v_out),
-            (k_scale_inv, v_scale_inv, s, num_cache_rows, *plan.strides),
-        )
-    return q_out, k_out, v_out
+    style = ROPE_NONE
+    if cos_sin_cache is not None:
+        style = ROPE_NEOX if is_neox else ROPE_INTERLEAVED
+        _check_cos_sin_cache(cos_sin_cache, rope, q.device)
+    if (kv_cache is None) != (cache_loc is None):
+        raise ValueError("kv_cache and cache_loc must be given together")
+    lora = num_cache_rows = 0
+    if kv_cache is not None:
+        lora, num_cache_rows = kv_a.shape[1], cache_loc.numel()
+        check_index("cache_loc", cache_loc, q.device)
+        if num_cache_rows > s:
+            raise ValueError(
+                f"cache_loc must have at most one slot for each of q's {s} tokens, got "
+                f"{num_cache_rows}"
+            )
+        if kv_cache.dtype == torch.uint8:
+            kv_cache = kv_cache.view(fp8_dtype)
+        _check_kv_cache(kv_cache, lora + rope, fp8_dtype, q.device)
+    k_kind, k_scale_inv = as_scale("k_scale_inv", k_scale_inv, q)
+    v_kind, v_scale_inv = as_scale("v_scale_inv", v_scale_inv, q)
 
+    q_out = q.new_empty((s, h, nope + rope), dtype=fp8_dtype)
+    k_out = torch.empty_like(q_out)
+    v_out = q.new_empty((s, h, dim_v), dtype=fp8_dtype)
+    if s == 0:
+        return q_out, k_out, v_out
 
-def _check_index(name: str, index: torch.Tensor, device: torch.device) -> None:
-    if (
-        index.dim() != 1
-        or index.dtype not in (torch.int32, torch.int64)
-        or index.device != device
-        or (index.numel() > 1 and index.stride(0) != 1)
-    ):
-        raise ValueError(
-            f"{name} must be a contiguous int32 or int64 vector on {device}, got "
-            f"{index.dtype} of shape {tuple(index.shape)} with strides "
-            f"{index.stride()} on {index.device}"
-        )
-
-
-class _Plan:
-    """What calls of one layout share: checked once, with the kernel compiled for it."""
-
-    def __init__(
-        self,
+    wide = nope + dim_v > 256
+    rows = _PROGRAM_ROWS_OF_WIDE_HEADS if wide else _PROGRAM_ROWS
+    block_t, block_h = block_shape(h, rows)
+    launch(
+        _mla_prefill_quantize_fp8_kernel,
+        triton.cdiv(s, block_t) * (h // block_h + (lora > 0)),
         q,
         kv,
         kv_a,
@@ -350,116 +370,66 @@ class _Plan:
         cos_sin_cache,
         kv_cache,
         cache_loc,
-        is_neox,
-        nope,
-        k_kind,
-        v_kind,
-        fp8_dtype,
-        enable_pdl,
+        q_out,
+        k_out,
+        v_out,
+        k_scale_inv,
+        v_scale_inv,
+        s,
+        num_cache_rows,
+        *q.stride()[:2],
+        *kv.stride()[:2],
+        kv_a.stride(0),
+        k_pe.stride(0),
+        0 if cos_sin_cache is None else cos_sin_cache.stride(0),
+        0 if kv_cache is None else kv_cache.stride(0),
+        device=q.device,
+        enable_pdl=enable_pdl,
+        NUM_HEADS=h,
+        NOPE=nope,
+        ROPE=rope,
+        V=dim_v,
+        LORA=lora,
+        NOPE_P2=triton.next_power_of_2(nope),
+        HALF_P2=triton.next_power_of_2(rope // 2),
+        V_P2=triton.next_power_of_2(dim_v),
+        LORA_P2=triton.next_power_of_2(max(lora, 1)),
+        ROPE_STYLE=style.value,
+        K_SCALE_KIND=k_kind,
+        V_SCALE_KIND=v_kind,
+        FP8_DTYPE=FP8_DTYPES[fp8_dtype],
+        BLOCK_T=block_t,
+        BLOCK_H=block_h,
+    )
+    return q_out, k_out, v_out
+
+
+def _check_cos_sin_cache(cache: torch.Tensor, rope: int, device: torch.device) -> None:
+    if (
+        cache.dim() != 2
+        or cache.shape[1] != rope
+        or cache.dtype != torch.float32
+        or cache.stride(1) != 1
+        or cache.device != device
     ):
-        check_fp8_dtype(fp8_dtype)
-        check_device("q", q)
-        if q.dim() != 3 or q.shape[1] == 0 or not 0 < nope < q.shape[2]:
-            raise ValueError(
-                f"q must be [s, h, nope + rope] with qk_nope_head_dim={nope}, got shape "
-                f"{tuple(q.shape)}"
-            )
-        h, rope = q.shape[1], q.shape[2] - nope
-        if rope % 2 != 0:
-            raise ValueError(f"q must have an even rope dimension, got {rope}")
-        if kv.dim() != 3 or kv.shape[1] != h or kv.shape[2] <= nope:
-            raise ValueError(
-                f"kv must be [s, {h}, {nope} + v], got shape {tuple(kv.shape)}"
-            )
-        if rope_dim(k_pe) != rope:
-            raise ValueError(
-                f"k_pe must have q's rope dimension, {rope}, got shape "
-                f"{tuple(k_pe.shape)}"
-            )
-        if kv_a.dim() != 2:
-            raise ValueError(f"kv_a must be [s, lora], got shape {tuple(kv_a.shape)}")
-        check_input("q", q)
-        check_input("kv", kv, q)
-        check_input("kv_a", kv_a, q)
-        check_input("k_pe", k_pe, q)
-        _check_index("positions", positions, q.device)
-
-        style = ROPE_NONE
-        if cos_sin_cache is not None:
-            style = ROPE_NEOX if is_neox else ROPE_INTERLEAVED
-            if (
-                cos_sin_cache.dim() != 2
-                or cos_sin_cache.shape[1] != rope
-                or cos_sin_cache.dtype != torch.float32
-                or cos_sin_cache.stride(1) != 1
-                or cos_sin_cache.device != q.device
-            ):
-                raise ValueError(
-                    f"cos_sin_cache must be float32 [max_position, {rope}] on "
-                    f"{q.device} with a contiguous last dimension, got "
-                    f"{cos_sin_cache.dtype} of shape {tuple(cos_sin_cache.shape)} on "
-                    f"{cos_sin_cache.device}"
-                )
-        if (kv_cache is None) != (cache_loc is None):
-            raise ValueError("kv_cache and cache_loc must be given together")
-        lora = 0
-        if kv_cache is not None:
-            lora = kv_a.shape[1]
-            _check_index("cache_loc", cache_loc, q.device)
-            if (
-                kv_cache.shape[1:] not in ((1, lora + rope), (lora + rope,))
-                or kv_cache.dtype != fp8_dtype
-                or kv_cache.stride(-1) != 1
-                or kv_cache.device != q.device
-            ):
-                raise ValueError(
-                    f"kv_cache must be {fp8_dtype} or uint8 [slots, 1, {lora + rope}] "
-                    f"on {q.device} with a contiguous last dimension, got "
-                    f"{kv_cache.dtype} of shape {tuple(kv_cache.shape)} on "
-                    f"{kv_cache.device}"
-                )
-
-        dim_v = kv.shape[2] - nope
-        self.qk_shape, self.v_shape = (h, nope + rope), (h, dim_v)
-        self.strides = (
-            *q.stride()[:2],
-            *kv.stride()[:2],
-            kv_a.stride(0),
-            k_pe.stride(0),
-            0 if cos_sin_cache is None else cos_sin_cache.stride(0),
-            0 if kv_cache is None else kv_cache.stride(0),
-        )
-        wide = nope + dim_v > 256
-        self.block_t, block_h = block_shape(
-            h, PROGRAM_ROWS_OF_WIDE_HEADS if wide else PROGRAM_ROWS
-        )
-        self.parts = h // block_h + (lora > 0)
-        pdl = q.is_cuda and resolve_pdl(enable_pdl)
-        self.launch = Launcher(
-            _mla_prefill_quantize_fp8_kernel,
-            q.device,
-            dict(
-                NUM_HEADS=h,
-                NOPE=nope,
-                ROPE=rope,
-                V=dim_v,
-                LORA=lora,
-                NOPE_P2=triton.next_power_of_2(nope),
-                HALF_P2=triton.next_power_of_2(rope // 2),
-                V_P2=triton.next_power_of_2(dim_v),
-                LORA_P2=triton.next_power_of_2(max(lora, 1)),
-                ROPE_STYLE=style,
-                K_SCALE_KIND=k_kind,
-                V_SCALE_KIND=v_kind,
-                FP8_DTYPE=FP8_DTYPES[fp8_dtype],
-                CONVERSION=fp8_conversion(q.device),
-                BLOCK_T=self.block_t,
-                BLOCK_H=block_h,
-                ENABLE_PDL=pdl,
-            ),
-            num_warps=NUM_WARPS,
-            enable_pdl=pdl,
+        raise ValueError(
+            f"cos_sin_cache must be float32 [max_position, {rope}] on {device} with a "
+            f"contiguous last dimension, got {cache.dtype} of shape "
+            f"{tuple(cache.shape)} on {cache.device}"
         )
 
 
-_PLANS: dict[tuple, _Plan] = {}
+def _check_kv_cache(
+    cache: torch.Tensor, row: int, fp8_dtype: torch.dtype, device: torch.device
+) -> None:
+    if (
+        cache.shape[1:] not in ((1, row), (row,))
+        or cache.dtype != fp8_dtype
+        or cache.stride(-1) != 1
+        or cache.device != device
+    ):
+        raise ValueError(
+            f"kv_cache must be {fp8_dtype} or uint8 [slots, 1, {row}] on {device} with "
+            f"a contiguous last dimension, got {cache.dtype} of shape "
+            f"{tuple(cache.shape)} on {cache.device}"
+        )

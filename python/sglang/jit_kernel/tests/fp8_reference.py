@@ -1,9 +1,11 @@
-"""What the FP8 kernels must return, in float64 from the definitions."""
+"""What the FP8 kernels must return, in float64 from the definitions, and the shapes,
+inputs and memory that tests and tools check them on."""
 
 from __future__ import annotations
 
 import functools
-from typing import Optional
+from contextlib import contextmanager
+from typing import Iterator, NamedTuple, Optional
 
 import torch
 
@@ -12,6 +14,27 @@ FP8_DTYPES = [torch.float8_e4m3fn, torch.float8_e5m2]
 # (exponent bits, mantissa bits, codes from here on are not finite)
 _FORMATS = {torch.float8_e4m3fn: (4, 3, 0x7F), torch.float8_e5m2: (5, 2, 0x7C)}
 _NAN = 0x7F
+
+
+class MLADims(NamedTuple):
+    """Dimensions of an MLA attention layer: heads (of a tensor-parallel rank), then
+    elements a head, and of the latent."""
+
+    heads: int
+    nope: int
+    rope: int
+    v: int
+    lora: int
+
+
+MODELS = {
+    "deepseek-v3": MLADims(128, 128, 64, 128, 512),  # and R1
+    "kimi-k2": MLADims(64, 128, 64, 128, 512),  # and LongCat-Flash
+    "deepseek-v2-lite": MLADims(16, 128, 64, 128, 512),
+    "glm-5": MLADims(64, 192, 64, 256, 512),
+    "glm-4.7-flash": MLADims(20, 192, 64, 256, 512),
+    "mistral-4": MLADims(32, 64, 64, 128, 256),
+}
 
 
 @functools.lru_cache(maxsize=None)
@@ -62,20 +85,67 @@ def ulps_off(actual: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return distance
 
 
-def assert_fp8(actual: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Compare with the unrounded float64 result.
+class Fp8Difference(NamedTuple):
+    """How FP8 values differ from the float64 results, rounded once."""
 
-    Bit for bit on 99.99% of the elements and one step off at most: float32 arithmetic
-    may fall on the other side of a tie.
-    """
+    elements: int
+    differing: int
+    max_ulps: int
+    worst: tuple[int, ...]  # index of the element that is farthest off
+
+    @property
+    def within_bounds(self) -> bool:
+        """One step off at most, and bit for bit on 99.99% of the elements: float32
+        arithmetic may fall on the other side of a tie."""
+        return self.max_ulps <= 1 and self.differing <= max(self.elements * 1e-4, 1)
+
+    def __str__(self) -> str:
+        if self.differing == 0:
+            return f"all {self.elements} elements equal float64 rounded once"
+        worst = "NaN" if self.max_ulps > 0xFF else f"{self.max_ulps} steps off"
+        return (
+            f"{self.differing} of {self.elements} elements differ from float64 rounded "
+            f"once; {list(self.worst)} is {worst}"
+        )
+
+
+def fp8_difference(actual: torch.Tensor, wanted: torch.Tensor) -> Fp8Difference:
+    """Compare FP8 values with the unrounded float64 results; NaN equals only NaN."""
     off = ulps_off(actual, round_to_fp8(wanted, actual.dtype))
-    assert off.max().item() <= 1 if off.numel() else True, "elements wrong or unwritten"
-    assert (off != 0).sum().item() <= max(off.numel() * 1e-4, 1)
+    if off.numel() == 0:
+        return Fp8Difference(0, 0, 0, ())
+    worst = torch.unravel_index(off.argmax(), off.shape)
+    return Fp8Difference(
+        off.numel(),
+        int((off != 0).sum()),
+        int(off.max()),
+        tuple(int(i) for i in worst),
+    )
+
+
+def assert_fp8(actual: torch.Tensor, wanted: torch.Tensor) -> None:
+    difference = fp8_difference(actual, wanted)
+    assert difference.within_bounds, str(difference)
 
 
 def poison(shape, dtype: torch.dtype, device: str = DEVICE) -> torch.Tensor:
     """FP8 or uint8 memory full of NaN bytes."""
     return torch.full(shape, 0xFF, dtype=torch.uint8, device=device).view(dtype)
+
+
+@contextmanager
+def nan_memory() -> Iterator[None]:
+    """Memory that is allocated inside and not written holds NaN."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
 def is_poison(x: torch.Tensor) -> bool:
@@ -108,3 +178,65 @@ def slice_of(
     """Random values of this shape in a slice of wider rows, as SGLang passes views."""
     wide = torch.randn(*shape[:-1], before + shape[-1] + after, device=DEVICE)
     return (wide * 3).to(dtype)[..., before : before + shape[-1]]
+
+
+def make_cos_sin_cache(max_position: int, rope: int) -> torch.Tensor:
+    """[max_position, rope] float32 as SGLang has it, of angles of no pattern."""
+    angle = torch.rand(max_position, rope // 2, device=DEVICE) * 6.3
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def prefill_inputs(
+    dims: MLADims,
+    tokens: int,
+    is_neox: Optional[bool] = False,
+    dtype: torch.dtype = torch.bfloat16,
+    max_position: int = 4096,
+    free_slots: int = 64,
+) -> dict:
+    """Random arguments of ``mla_prefill_quantize_fp8``, with views where SGLang passes
+    views and NaN in the cache. is_neox None: no RoPE."""
+    rope, row = dims.rope, dims.lora + dims.rope
+    slots = tokens + free_slots
+    return dict(
+        q=slice_of(tokens, dims.heads, dims.nope + rope, dtype=dtype, before=0),
+        kv=slice_of(tokens, dims.heads, dims.nope + dims.v, dtype=dtype, before=0),
+        kv_a=slice_of(tokens, dims.lora, dtype=dtype, before=0),
+        k_pe=slice_of(tokens, 1, rope, dtype=dtype, before=dims.lora, after=0),
+        positions=torch.randint(0, max_position, (tokens,), device=DEVICE),
+        cos_sin_cache=(
+            None if is_neox is None else make_cos_sin_cache(max_position, rope)
+        ),
+        is_neox=bool(is_neox),
+        qk_nope_head_dim=dims.nope,
+        kv_cache=poison((slots, 1, row), torch.float8_e4m3fn),
+        cache_loc=torch.randperm(slots, device=DEVICE)[:tokens],
+    )
+
+
+class PrefillResult(NamedTuple):
+    """q, k, v and cache rows of a prefill; of the definition, in float64."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    rows: torch.Tensor
+
+
+def expected_prefill(
+    inputs: dict, k_scale_inv: float = 1.0, v_scale_inv: float = 1.0
+) -> PrefillResult:
+    """The unrounded results of ``mla_prefill_quantize_fp8`` on these arguments; `rows`
+    are those of the cached tokens, in their order."""
+    q, kv, nope = inputs["q"], inputs["kv"].double(), inputs["qk_nope_head_dim"]
+    rope = inputs["positions"], inputs["cos_sin_cache"], inputs["is_neox"]
+    k_pe = rotate(inputs["k_pe"].flatten(1)[:, None], *rope)
+    k = torch.cat([kv[..., :nope], k_pe.expand(-1, q.shape[1], -1)], dim=-1)
+    cached = 0 if inputs["cache_loc"] is None else len(inputs["cache_loc"])
+    rows = torch.cat([inputs["kv_a"].double(), k_pe[:, 0]], dim=-1)
+    return PrefillResult(
+        torch.cat([q[..., :nope].double(), rotate(q[..., nope:], *rope)], dim=-1),
+        k * k_scale_inv,
+        kv[..., nope:] * v_scale_inv,
+        rows[:cached],
+    )

@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-import sglang.jit_kernel.fp8_quantize as fp8_quantize_module
+import sglang.jit_kernel.fp8_common as fp8_common
 from sglang.jit_kernel.fp8_quantize import _flatten_to_2d, fp8_quantize
 from sglang.jit_kernel.tests.fp8_reference import (
     DEVICE,
@@ -57,7 +57,8 @@ def test_conversion_through_float16(fp8_dtype, monkeypatch):
     half = sticky.to(torch.int32).view(torch.float32)
     normal = half.abs() >= 2.0**-14
     assert torch.equal(half[normal].half().float(), half[normal])
-    monkeypatch.setattr(fp8_quantize_module, "fp8_conversion", lambda device: 2)
+    via_float16 = fp8_common.CONVERT_VIA_FLOAT16.value
+    monkeypatch.setattr(fp8_common, "fp8_conversion", lambda device: via_float16)
     out = fp8_quantize(x, 0.3, fp8_dtype=fp8_dtype)
     assert ulps_off(out, round_to_fp8(exact, fp8_dtype)).max() == 0
 

@@ -74,7 +74,7 @@ class Launcher:
 
     From the second call on it launches through Triton's ``compiled[grid]``, with
     addresses for tensors: the JIT's dispatch, which looks at every argument of every
-    call, takes longer than all the rest of a call. So the caller keeps a Launcher for
+    call, takes longer than all the rest. So the caller keeps a Launcher for
     each combination of what the kernel is specialized on: its constexprs, and of the
     other arguments what ``layout_key`` gives.
     """
@@ -151,7 +151,11 @@ def layout_key(*tensors: Optional[torch.Tensor]) -> tuple:
             key.append(None)
             continue
         misaligned |= x.data_ptr()
-        key += x.dtype, x.shape[1:], x.stride(), x.get_device()
+        start = len(key)
+        key += x.shape
+        key[start : start + 1] = [x.dtype]  # in place of the first length
+        key += x.stride()
+        key.append(x.get_device())
     if misaligned & 15:
         key += [x is not None and x.data_ptr() & 15 for x in tensors]
     return tuple(key)

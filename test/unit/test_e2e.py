@@ -3,16 +3,10 @@ records, traces, results and page. `test_e2e_servers.py` has the rest."""
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from mla_standin import models
@@ -22,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 from e2e import __main__ as suite
 from e2e import compare, page, pairs, profiles, reference
-from e2e import servers as servers_module
 from e2e.servers import ABORTED, Answer, Request, Server, faults
 
 VOCAB = models.KINDS["tiny"]["vocab_size"]
@@ -33,34 +26,42 @@ def tiny(tmp_path_factory):
     return models.make_model("tiny", tmp_path_factory.mktemp("models") / "tiny")
 
 
-class TestReference:
-    @pytest.mark.parametrize(
-        "dtype, worst", [(torch.float32, 1e-4), (torch.bfloat16, 0.5)]
+@pytest.mark.parametrize("piece", [32, reference.PIECE])
+def test_the_reference_equals_a_float64_forward(tiny, monkeypatch, piece):
+    monkeypatch.setattr(reference, "PIECE", piece)
+    ids = np.random.default_rng(0).integers(VOCAB, size=150).tolist()
+    found = reference.Reference(tiny, "cpu", torch.float32).logprobs(ids)
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64)
+    with torch.inference_mode():
+        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    wanted = [logprobs[i, token].item() for i, token in enumerate(ids[1:])]
+    assert len(found) == 149
+    assert np.abs(np.subtract(found, wanted)).max() < 1e-4
+    assert reference.Reference(tiny, "cpu").logprobs([5]) == []
+
+
+def test_sglang_reads_the_scales_of_the_scaled_checkpoint(tiny, tmp_path, monkeypatch):
+    from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp8Config
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    monkeypatch.setitem(models.KINDS, "scaled", models.KINDS["tiny"])
+    scaled = models.make_model("scaled", tmp_path / "scaled")
+    tensors = models.load_file(scaled / "model.safetensors")
+    # transformers' answers are those for the plain checkpoint.
+    for name, tensor in models.load_file(tiny / "model.safetensors").items():
+        assert tensor.equal(tensors[name])
+    config = json.loads((scaled / "config.json").read_text())
+    quantization = ModelOptFp8Config.from_config(config["quantization_config"])
+    assert quantization.is_layer_excluded("model.layers.1.self_attn.kv_b_proj")
+    prefix = "model.layers.1.self_attn.attn_mha"
+    attention = RadixAttention(
+        2, 32, 1.0, 2, 1, quant_config=quantization, prefix=prefix
     )
-    @pytest.mark.parametrize("piece", [32, reference.PIECE])
-    def test_equals_a_float64_forward(self, tiny, monkeypatch, dtype, worst, piece):
-        monkeypatch.setattr(reference, "PIECE", piece)
-        ids = np.random.default_rng(0).integers(VOCAB, size=150).tolist()
-        found = reference.Reference(tiny, "cpu", dtype).logprobs(ids)
-        model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64)
-        with torch.inference_mode():
-            logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        wanted = [logprobs[i, token].item() for i, token in enumerate(ids[1:])]
-        assert len(found) == 149
-        assert np.abs(np.subtract(found, wanted)).max() < worst
-
-    def test_one_token_has_no_logprobs(self, tiny):
-        assert reference.Reference(tiny, "cpu").logprobs([5]) == []
-
-    def test_a_checkpoint_with_scales_has_the_plain_weights(
-        self, tiny, tmp_path, monkeypatch
-    ):
-        monkeypatch.setitem(models.KINDS, "scaled", models.KINDS["tiny"])
-        scaled = models.make_model("scaled", tmp_path / "scaled")
-        assert "quantization_config" in (scaled / "config.json").read_text()
-        ids = list(range(30))
-        a, b = (reference.Reference(x, "cpu").logprobs(ids) for x in (tiny, scaled))
-        assert a == b
+    attention.k_scale.data.copy_(tensors[f"{prefix}.k_scale"])
+    attention.v_scale.data.copy_(tensors[f"{prefix}.v_scale"])
+    attention.quant_method.process_weights_after_loading(attention)
+    scales = attention.k_scale_float, attention.v_scale_float
+    assert scales == (models.K_SCALE, models.V_SCALE)
 
 
 class TestRatio:
@@ -160,67 +161,9 @@ def server(tmp_path):
     return Server(tmp_path / "a server", tmp_path, tmp_path, env={"A": "b"})
 
 
-class TestStart:
-    def test_command_and_environment(self, server, monkeypatch):
-        started = []
-        monkeypatch.setattr(
-            subprocess, "Popen", lambda command, **kw: started.append((command, kw))
-        )
-        monkeypatch.setattr(servers_module, "_running", set())
-        server.start()
-        ((command, kw),) = started
-        options = dict(zip(command, command[1:]))
-        assert server.url == f"http://127.0.0.1:{options['--port']}"
-        assert int(options["--nccl-port"]) == int(options["--port"]) + 1
-        assert kw["env"]["A"] == "b"
-        assert kw["env"]["PYTHONPATH"].startswith(f"{server.site}{os.pathsep}")
-
-    def test_a_port_whose_next_is_taken_is_passed_over(self, monkeypatch):
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            port = taken.getsockname()[1]
-            ports = iter([port - 1, port, port + 50])
-            monkeypatch.setattr(servers_module, "_ports", ports)
-            assert servers_module.free_port() == port + 50
-
-    def test_no_server_outlives_the_suite(self, tmp_path):
-        """Processes that a server started, too, when a signal ends the suite."""
-        (tmp_path / "mla_standin").mkdir()
-        (tmp_path / "mla_standin/__init__.py").touch()
-        (tmp_path / "mla_standin/launch_server.py").write_text(
-            "import subprocess, time\n"
-            "subprocess.Popen(['sleep', '99'])\n"
-            "time.sleep(99)\n"
-        )
-        code = """
-            import os, pathlib, signal, sys, time
-            from e2e import __main__ as suite, servers
-            servers.TEST = sys.argv[1]
-            folder = pathlib.Path(sys.argv[1])
-            server = servers.Server(folder / "s", folder, folder)
-            server.start()
-            while len(server.processes()) < 2:
-                time.sleep(0.05)
-            print(*(process.pid for process in server.processes()), flush=True)
-            signal.signal(signal.SIGTERM, suite.end)
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(60)
-        """
-        code = "import sglang_cpu; sglang_cpu.install()\n" + textwrap.dedent(code)
-        done = subprocess.run(
-            [sys.executable, "-c", code, tmp_path],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert done.returncode == 128 + 15, done.stderr
-        pids = [int(pid) for pid in done.stdout.split()]
-        assert len(pids) == 2 and not any(map(psutil.pid_exists, pids))
-
-
 class TestRecord:
-    ON = "TRTLLMMLABackend: FP8 prefill preparation with the fused …"
+    ON = "FP8 prefill preparation with the fused producer"
+    DECLINED = "FP8 prefill preparation declines a batch: CUDA graph"
 
     def call(self, **changes):
         fp8 = "float8_e4m3fn"
@@ -258,6 +201,7 @@ class TestRecord:
             ({}, dict(late=[["bf16"]]), "compiled by a request"),
             ({}, dict(log="declined, …"), "does not say FP8 on"),
             ({}, dict(hook_on=False), "the log says FP8 on"),
+            ({}, dict(log=f"{ON} {DECLINED}"), DECLINED),
         ],
     )
     def test_a_fault_is_found(self, server, changes, more, says):
@@ -330,44 +274,22 @@ class TestProfiles:
         (problem,) = profiles.problems("x", unpatched, slower)
         assert "preparation_us" in problem
 
-    def test_servers_are_timed_in_turn(self):
-        asked, cached = [], 0
+    def test_servers_are_timed_in_turn_and_the_first_times_dropped(self):
+        asked = []
 
-        def server(name):
-            def generate(request):
-                if len(request.input_ids) == 4 + cached:  # not what fills the cache
-                    asked.append(name)
-                return Answer(seconds=len(asked), cached_tokens=cached)
+        def measure(server, i):
+            asked.append(server)
+            return len(asked)
 
-            flush = lambda: None  # noqa: E731
-            return SimpleNamespace(name=name, generate=generate, flush_cache=flush)
-
-        pair = [server("a"), server("b")]
-        seconds = profiles.time_to_first_token(pair, 4, 0, 3)
+        assert profiles.in_turn("ab", measure, 3, warm=2) == [[5, 8, 9], [6, 7, 10]]
         assert "".join(asked) == "abba" + "abbaab"
-        assert seconds == [[5, 8, 9], [6, 7, 10]]
+
+    def test_a_prefix_that_is_not_cached_is_not_timed(self):
+        server = SimpleNamespace(
+            name="a", generate=lambda request: Answer(), flush_cache=lambda: None
+        )
         with pytest.raises(RuntimeError, match="0 cached tokens behind 64"):
-            profiles.time_to_first_token(pair, 4, 64, 3)
-        cached = 64
-        assert len(profiles.time_to_first_token(pair, 4, 64, 3)[1]) == 3
-
-    def test_throughput(self, monkeypatch):
-        now, asked = [0.0], []
-        monkeypatch.setattr(profiles.time, "monotonic", lambda: now[0])
-
-        def server(name, seconds):
-            def generate_all(requests, concurrency):
-                asked.append([request.input_ids for request in requests])
-                now[0] += seconds
-                return [Answer() for request in requests]
-
-            return SimpleNamespace(generate_all=generate_all, flush_cache=lambda: None)
-
-        pair = [server("a", 2.0), server("b", 1.0)]
-        assert profiles.throughput(pair, 100, 5, 3) == [[250.0] * 3, [500.0] * 3]
-        # Both are asked the same, and nothing twice.
-        assert asked[0] == asked[1] != asked[2]
-        assert {len(ids) for requests in asked for ids in requests} == {100}
+            profiles.time_to_first_token([server, server], 4, 64, 3)
 
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs/e2e/results.json"
@@ -402,37 +324,23 @@ class TestPage:
         assert page._share(row) == "71.5%, 6.8 ms"
 
 
-class TestResults:
-    def on_file(self, tmp_path):
-        return json.loads((tmp_path / "results.json").read_text())
+def test_the_results_hold_what_is_done_and_other_sections_rows(tmp_path):
+    file = tmp_path / "results.json"
 
-    def results(self, tmp_path, *sections):
-        return suite.Results(tmp_path / "results.json", sections, "a machine")
+    def run(section, job):
+        suite.Results(file, [section], "a machine").run(section, section, job)
+        return json.loads(file.read_text())
 
-    def test_the_file_has_what_is_done(self, tmp_path, capsys):
-        results = self.results(tmp_path, "load")
+    def breaks():
+        yield {"n": 1, "problems": []}
+        # A run that is cut short here keeps the part before.
+        assert json.loads(file.read_text())[-1]["n"] == 1
+        raise ValueError("it broke")
 
-        def job():
-            yield {"n": 1, "problems": []}
-            # A run that is cut short here keeps the part before.
-            assert self.on_file(tmp_path)[-1]["n"] == 1
-            yield {"n": 2, "problems": ["a leak"]}
-
-        results.run("load", "storm", job)
-        assert [row.get("n") for row in self.on_file(tmp_path)] == [None, 1, 2]
-        assert "storm: NOT OK" in capsys.readouterr().out
-
-    def test_a_job_that_raises_is_a_problem(self, tmp_path):
-        self.results(tmp_path, "load").run("load", "kill", lambda: 1 / 0)
-        problems = self.on_file(tmp_path)[-1]["problems"]
-        assert problems == ["kill: ZeroDivisionError: division by zero"]
-
-    def test_sections_that_do_not_run_keep_their_rows(self, tmp_path):
-        for section in ("load", "profile", "load"):
-            job = lambda: [{"problems": []}]  # noqa: E731
-            self.results(tmp_path, section).run(section, "x", job)
-        sections = [row["section"] for row in self.on_file(tmp_path)]
-        assert sorted(sections) == ["load", "load", "profile", "profile"]
+    run("profile", lambda: [{"n": 2, "problems": []}])
+    for rows in run("load", breaks), run("load", breaks):
+        assert [row.get("n") for row in rows] == [None, 2, None, 1, None]
+        assert page.problems(rows) == ["load: ValueError: it broke"]
 
 
 def test_every_pair_has_a_name_of_its_own_and_a_model():

@@ -12,7 +12,7 @@ import pytest
 import requests
 
 from e2e import compare, load, pairs
-from e2e.servers import Request, Server
+from e2e.servers import Server
 
 VOCAB = 4096
 
@@ -332,17 +332,15 @@ EXPECTED = {
     for prompts in QUESTIONS.values()
     for prompt in prompts
 }
-CASE = pairs.Case("chunks of 2048", "trtllm_mla", (), off=True)
+CASE = pairs.Case("chunks of 2048", "trtllm_mla", off=True)
 
 
 def run_pair(tmp_path, monkeypatch, case=CASE, **sides):
     """The row of a pair of fake servers; `sides` say what they are like."""
-    folder = tmp_path / "servers"
 
-    def server(name, side, *_):
-        return FakeServer(
-            folder / side, **{"seed": side == "patched", **sides.get(side, {})}
-        )
+    def server(case, side, gpus):
+        like = {"seed": side == "patched", **sides.get(side, {})}
+        return FakeServer(tmp_path / side, **like)
 
     monkeypatch.setattr(pairs, "start_all", lambda servers: None)
     monkeypatch.setattr(pairs, "check_record", lambda server, on: ({"k": [9, 0]}, []))
@@ -368,7 +366,7 @@ class TestPair:
     def test_a_patched_server_that_is_further_off_is_found(self, tmp_path, monkeypatch):
         row = run_pair(tmp_path, monkeypatch, patched={"noise": 0.06})
         assert len(row["problems"]) == 4
-        assert re.search("behind prefixes: .* is 1.2", row["problems"][2])
+        assert re.search("behind prefixes: .* is 1.2", row["problems"][3])
         assert (
             run_pair(tmp_path, monkeypatch, patched={"noise": 0.04})["problems"] == []
         )
@@ -410,7 +408,7 @@ class TestPair:
         assert any(re.search(says, problem) for problem in row["problems"])
 
     def test_a_batch_that_should_be_padded_must_be(self, tmp_path, monkeypatch):
-        case = pairs.Case("by rank", "trtllm_mla", (), padding=True)
+        case = pairs.Case("by rank", "trtllm_mla", padding=True)
         (problem,) = run_pair(tmp_path, monkeypatch, case)["problems"]
         assert "no batch was padded" in problem
 

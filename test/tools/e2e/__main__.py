@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
-import os
 import signal
 import sys
 import tempfile
@@ -31,21 +31,19 @@ from mla_standin.models import VOCAB
 
 from e2e import load, page, profiles
 from e2e.pairs import (
-    NATURAL,
     SIDE_BY_SIDE,
     SIDES,
     TOKENSPEED,
     TRTLLM,
+    Case,
     Run,
-    backend,
     check_record,
-    chunked,
     one_gpu_cases,
     run_pair,
     side_by_side,
     two_gpu_cases,
 )
-from e2e.servers import Server, kill_all, start_all
+from e2e.servers import Server, kill_all, leave_no_server, start_all
 
 SECTIONS = ("compare", "parallel", "load", "profile")
 # A job makes rows of results; their "problems" are what is not ok.
@@ -54,40 +52,33 @@ Job = Callable[[], Iterable[dict[str, Any]]]
 
 def run_load(run: Run, name: str, gpu: int, kill: bool) -> Iterable[dict[str, Any]]:
     """A storm on both servers of a backend and what is left of it; then a kill."""
+    case = Case("load", name)
     count, step, times = (300, 8, 4) if run.quick else (2000, 13, 16)
     requests = load.workload(count, 1, VOCAB)
     aborts = load.random_aborts(count, 1)
-    server = functools.partial(
-        run.server,
-        f"load, {name}",
-        args=backend(name) + chunked(2048),
-        env=NATURAL,
-        gpus=(gpu,),
-    )
 
-    def drive(server: Server) -> dict[str, Any]:
+    def drive(server: Server, side: str) -> dict[str, Any]:
         _, problems, _ = load.storm(server, load.workload(200, 2, VOCAB))
         watch = load.Watch(server)
         figures, wrong, loaded = load.storm(server, requests, aborts, waves=5)
         parts = [(figures, wrong), load.abort_prefills(server, VOCAB, times)]
         parts.append(watch.report())
         alone, wrong = load.lone(server, requests[::step])
-        compared = load.compare_answers(requests[::step], loaded[::step], alone)
-        parts += [({}, wrong), compared]
-        _, wrong = check_record(server, server.name.endswith("-patched"))
-        row: dict[str, Any] = {"problems": problems + wrong}
+        parts.append(load.compare_answers(requests[::step], loaded[::step], alone))
+        problems += wrong + check_record(server, side == "patched")[1]
+        row: dict[str, Any] = {"load": name, "side": side}
         for figures, wrong in parts:
-            row = {**row, **figures, "problems": row["problems"] + wrong}
-        return row
+            row |= figures
+            problems += wrong
+        return {**row, "problems": problems}
 
     with ExitStack() as stack:
-        servers = [stack.enter_context(server(side=side)) for side in SIDES]
+        servers = [stack.enter_context(run.server(case, s, (gpu,))) for s in SIDES]
         start_all(servers)
-        for side, row in zip(SIDES, side_by_side(drive, servers)):
-            yield {"load": name, "side": side, **row}
+        yield from side_by_side(drive, servers, SIDES)
         if not kill:
             return
-        fresh = stack.enter_context(server(side="fresh"))
+        fresh = stack.enter_context(run.server(case, "fresh", (gpu,)))
 
         def start_fresh() -> Server:
             start_all([fresh])
@@ -100,35 +91,33 @@ def run_load(run: Run, name: str, gpu: int, kill: bool) -> Iterable[dict[str, An
 
 def run_small_pool(run: Run, name: str, gpu: int) -> Iterable[dict[str, Any]]:
     """A storm whose requests outgrow the pool, so that SGLang must retract some."""
-    args = (*backend(name), *load.SMALL_POOL_ARGS)
-    env = {**NATURAL, **load.SMALL_POOL_ENV}
-    with run.server(f"small pool, {name}", "patched", args, env, gpus=(gpu,)) as server:
+    case = Case("small pool", name, **load.SMALL_POOL_CASE)
+    with run.server(case, "patched", (gpu,)) as server:
         start_all([server])
         requests = load.outgrowing(48, 1, VOCAB)
         figures, problems, _ = load.storm(server, requests, concurrency=len(requests))
         if not figures["retractions"]:
-            problems.append("no request was retracted")
+            problems.append(f"small pool, {name}: no request was retracted")
         problems += check_record(server, True)[1]
         yield {"small pool": name, **figures, "problems": problems}
 
 
-def run_profile(run: Run) -> Iterable[dict[str, Any]]:
+def run_profile(run: Run, gpu: int) -> Iterable[dict[str, Any]]:
     """Launches, preparation time, time to first token and throughput, by pair."""
+    cases = [
+        Case(model, name, model=model, **profiles.CASE)
+        for model, name in profiles.PAIRS[:: 3 if run.quick else 1]
+    ]
     with ExitStack() as stack:
-        pairs = {}
-        for model, name in profiles.PAIRS[:: 3 if run.quick else 1]:
-            args = backend(name) + profiles.ARGS
-            pairs[model, name] = [
-                stack.enter_context(
-                    run.server(f"{model}, {name}", side, args, profiles.ENV, model)
-                )
-                for side in SIDES
-            ]
+        pairs = [
+            [stack.enter_context(run.server(case, side, (gpu,))) for side in SIDES]
+            for case in cases
+        ]
         stack.callback(kill_all)  # all at once; one by one they take seconds to end
-        start_all([server for pair in pairs.values() for server in pair])
-        for (model, name), pair in pairs.items():
-            for row in profiles.measure(pair, model, run.quick):
-                yield {"model": model, "backend": name, **row}
+        start_all([server for pair in pairs for server in pair])
+        for case, pair in zip(cases, pairs):
+            for row in profiles.measure(pair, case.model, run.quick):
+                yield {"model": case.model, "backend": case.backend, **row}
 
 
 class Results:
@@ -167,42 +156,32 @@ class Results:
 def run_sections(
     run: Run, sections: Sequence[str], gpus: Sequence[int], results: Results
 ) -> None:
-    def pair(case, gpus) -> Job:
+    def pair(case: Case, gpus: Sequence[int]) -> Job:
         return lambda: [run_pair(run, case, gpus)]
 
     together: list[tuple[str, str, Job]] = []
-    if "load" in sections:
-        for i, name in enumerate((TRTLLM, TOKENSPEED)):
-            gpu = gpus[i % len(gpus)]
-            if name == TRTLLM or not run.quick:
-                job = functools.partial(run_load, run, name, gpu, kill=name == TRTLLM)
-                together.append(("load", f"load, {name}", job))
-                job = functools.partial(run_small_pool, run, name, gpu)
-                together.append(("load", f"small pool, {name}", job))
-    if "compare" in sections:
-        cases = [case for case in one_gpu_cases() if case.quick or not run.quick]
-        for i, case in enumerate(cases):
-            job = pair(case, (gpus[i % len(gpus)],))
-            together.append(("compare", f"{case.name}, {case.backend}", job))
-    parallel: list[tuple[str, str, Job]] = []
-    if "parallel" in sections:
-        for case in two_gpu_cases():
+    for gpu, name in zip(itertools.cycle(gpus), (TRTLLM, TOKENSPEED)):
+        if name == TRTLLM or not run.quick:
+            job = functools.partial(run_load, run, name, gpu, kill=name == TRTLLM)
+            together.append(("load", f"load, {name}", job))
+            job = functools.partial(run_small_pool, run, name, gpu)
+            together.append(("load", f"small pool, {name}", job))
+    for gpu, case in zip(itertools.cycle(gpus), one_gpu_cases()):
+        if case.quick or not run.quick:
             label = f"{case.name}, {case.backend}"
-            parallel.append(("parallel", label, pair(case, gpus)))
+            together.append(("compare", label, pair(case, (gpu,))))
+    parallel = [
+        ("parallel", f"{case.name}, {case.backend}", pair(case, gpus))
+        for case in two_gpu_cases()
+    ]
+    profile = ("profile", "profile", functools.partial(run_profile, run, gpus[0]))
     # Ranks of many servers on one GPU wait for each other's turns; what is timed has
     # the machine for itself.
-    for jobs, at_once in ((together, SIDE_BY_SIDE // 2), (parallel, 3)):
+    for jobs, at_once in ((together, SIDE_BY_SIDE // 2), (parallel, 3), ([profile], 1)):
         with ThreadPoolExecutor(at_once) as pool:
             for job in jobs:
-                pool.submit(results.run, *job)
-    if "profile" in sections:
-        results.run("profile", "profile", functools.partial(run_profile, run))
-
-
-def end(signum: int, frame: Any) -> None:
-    """Leave no server behind."""
-    kill_all()
-    os._exit(128 + signum)
+                if job[0] in sections:
+                    pool.submit(results.run, *job)
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
@@ -226,7 +205,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     if "parallel" in sections and len(gpus) != 2:
         parser.error("the section parallel needs two GPUs, as in --gpus 0,1")
     for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, end)
+        signal.signal(signum, leave_no_server)
     started = time.monotonic()
     trees = patched_sglang.lay_out(args.sglang)
     describe = "import machine; print(machine.describe())"

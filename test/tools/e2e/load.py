@@ -26,12 +26,14 @@ from e2e.servers import Answer, Request, Server, faults
 # of the tokens that a request will still generate. The pool fits in one prefill chunk,
 # since SGLang does not look for room before the later chunks of a prompt.
 SMALL_POOL = 4096
-SMALL_POOL_ARGS = (
-    *("--max-total-tokens", str(SMALL_POOL)),
-    *("--chunked-prefill-size", str(SMALL_POOL)),
-    *("--schedule-conservativeness", "0.1"),
-)
-SMALL_POOL_ENV = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "16"}
+SMALL_POOL_CASE = {
+    "chunk": SMALL_POOL,
+    "more": (
+        *("--max-total-tokens", str(SMALL_POOL)),
+        *("--schedule-conservativeness", "0.1"),
+    ),
+    "env": {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "16"},
+}
 
 LOG_FAULT = re.compile(
     r"Traceback \(most recent call last\)"

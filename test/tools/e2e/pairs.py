@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 import patched_sglang
 from mla_standin.models import VOCAB, make_model
@@ -20,7 +21,6 @@ from e2e.servers import Server, start_all
 
 TOKENSPEED, TRTLLM = "tokenspeed_mla", "trtllm_mla"
 SIDES = ("unpatched", "patched")
-OFF = {"SGLANG_MLA_FP8_PREFILL": "off"}
 # SGLang merges prefix chunks by natural log-sum-exps, trtllm-gen returns base-2 ones;
 # natural ones here let errors show that wrong weights would hide.
 NATURAL = {"STANDIN_LSE": "natural"}
@@ -29,21 +29,15 @@ SMALL_PREFIX_CHUNKS = {"SGLANG_MAX_KV_CHUNK_CAPACITY": "8192"}
 SIDE_BY_SIDE = max(2, 3 * (os.cpu_count() or 1) // 4)
 
 
-def backend(name: str) -> tuple[str, ...]:
-    return ("--attention-backend", name)
-
-
-def chunked(tokens: int) -> tuple[str, ...]:
-    return ("--chunked-prefill-size", str(tokens))
-
-
 @dataclass(frozen=True)
 class Case:
     """A pair of servers, and what they are asked."""
 
     name: str
     backend: str
-    args: tuple[str, ...]
+    chunk: int = 2048
+    decode: str = ""  # another backend for decoding
+    more: tuple[str, ...] = ()
     model: str = "deepseek_v3"
     env: Mapping[str, str] = field(default_factory=lambda: NATURAL)
     patched_env: Mapping[str, str] = field(default_factory=dict)
@@ -57,57 +51,36 @@ class Case:
     # Among what --quick runs.
     quick: bool = False
 
+    def arguments(self) -> list[str]:
+        kinds = ("prefill-", "decode-") if self.decode else ("",)
+        names = (self.backend, self.decode)
+        backends = [
+            x for y in zip(kinds, names) for x in (f"--{y[0]}attention-backend", y[1])
+        ]
+        return [*backends, "--chunked-prefill-size", str(self.chunk), *self.more]
+
 
 def one_gpu_cases() -> list[Case]:
-    both = (TOKENSPEED, TRTLLM)
-    hybrid = ("--prefill-attention-backend", "--decode-attention-backend")
+    some = {**NATURAL, **SMALL_PREFIX_CHUNKS}
+    plain = [
+        case
+        for b in (TOKENSPEED, TRTLLM)
+        for case in (
+            Case("chunks of 2048", b, env=some, off=True, quick=True),
+            Case("not chunked", b, chunk=-1),
+        )
+    ]
+    base_2 = "chunks of 2048, base-2 LSE"
     composed = {"SGLANG_MLA_FP8_PREFILL": "composed"}
     return [
-        *(
-            Case(
-                "chunks of 2048",
-                b,
-                backend(b) + chunked(2048),
-                env={**SMALL_PREFIX_CHUNKS, **NATURAL},
-                off=True,
-                quick=True,
-            )
-            for b in both
-        ),
-        *(Case("not chunked", b, backend(b) + chunked(-1)) for b in both),
-        Case(
-            "chunks of 512",
-            TOKENSPEED,
-            backend(TOKENSPEED) + chunked(512),
-            env=SMALL_PREFIX_CHUNKS,
-        ),
-        Case(
-            "chunks of 2048, base-2 LSE",
-            TRTLLM,
-            backend(TRTLLM) + chunked(2048),
-            env=SMALL_PREFIX_CHUNKS,
-            scenarios=("behind prefixes",),
-        ),
-        Case(
-            "decode by tokenspeed_mla",
-            TRTLLM,
-            (hybrid[0], TRTLLM, hybrid[1], TOKENSPEED, *chunked(512)),
-        ),
-        Case(
-            "decode by trtllm_mla",
-            TOKENSPEED,
-            (hybrid[0], TOKENSPEED, hybrid[1], TRTLLM, *chunked(2048)),
-        ),
-        Case(
-            "composed producer",
-            TRTLLM,
-            backend(TRTLLM) + chunked(2048),
-            patched_env=composed,
-        ),
-        Case("K and V scales", TRTLLM, backend(TRTLLM) + chunked(2048), model="scaled"),
-        Case(
-            "V2-Lite", TOKENSPEED, backend(TOKENSPEED) + chunked(2048), model="v2_lite"
-        ),
+        *plain,
+        Case("chunks of 512", TOKENSPEED, chunk=512, env=some),
+        Case(base_2, TRTLLM, env=SMALL_PREFIX_CHUNKS, scenarios=("behind prefixes",)),
+        Case("decode by tokenspeed_mla", TRTLLM, chunk=512, decode=TOKENSPEED),
+        Case("decode by trtllm_mla", TOKENSPEED, decode=TRTLLM),
+        Case("composed producer", TRTLLM, patched_env=composed),
+        Case("K and V scales", TRTLLM, model="scaled"),
+        Case("V2-Lite", TOKENSPEED, model="v2_lite"),
     ]
 
 
@@ -127,21 +100,11 @@ def two_gpu_cases() -> list[Case]:
         case
         for b in (TOKENSPEED, TRTLLM)
         for case in (
-            Case("tensor parallel 2", b, (*backend(b), *chunked(2048), *tp), env=env),
+            Case("tensor parallel 2", b, more=tp, env=env),
             Case(
-                "tensor parallel 2, MLP by rank",
-                b,
-                (*backend(b), *chunked(2048), *by_rank),
-                env=env,
-                padding=True,
+                "tensor parallel 2, MLP by rank", b, more=by_rank, env=env, padding=True
             ),
-            Case(
-                "data-parallel attention 2",
-                b,
-                (*backend(b), *chunked(2048), *dp),
-                env=env,
-                hits=False,
-            ),
+            Case("data-parallel attention 2", b, more=dp, env=env, hits=False),
         )
     ]
 
@@ -161,19 +124,16 @@ class Run:
         with self._making:
             return make_model(kind, self.folder / "models" / kind)
 
-    def server(
-        self,
-        name: str,
-        side: str,
-        args: Sequence[str],
-        env: Mapping[str, str],
-        model: str = "deepseek_v3",
-        gpus: Sequence[int] = (0,),
-    ) -> Server:
-        slug = "".join(c if c.isalnum() else "-" for c in f"{name}-{side}")
-        site = self.trees.unpatched if side == "unpatched" else self.trees.patched
-        folder = self.folder / "servers" / slug
-        return Server(folder, site, self.model(model), args, env, gpus)
+    def server(self, case: Case, side: str, gpus: Sequence[int]) -> Server:
+        """`side` is "unpatched", "off" (patched, with the hook off) or patched."""
+        site, env = self.trees.patched, {**case.env, **case.patched_env}
+        if side == "unpatched":
+            site, env = self.trees.unpatched, case.env
+        elif side == "off":
+            env = {**case.env, "SGLANG_MLA_FP8_PREFILL": "off"}
+        name = f"{case.name}-{case.backend}-{side}".replace(", ", "-").replace(" ", "-")
+        folder = self.folder / "servers" / name
+        return Server(folder, site, self.model(case.model), case.arguments(), env, gpus)
 
     def expected(self, kind: str) -> Future:
         """Will be transformers' log-probabilities of all prompts, by name."""
@@ -190,9 +150,9 @@ class Run:
         return {p.name: reference.logprobs(p.input_ids) for p in prompts}
 
 
-def side_by_side(call: Callable[[Server], Any], servers: Sequence[Server]) -> list[Any]:
+def side_by_side(call: Callable, servers: Sequence[Server], *more: Sequence) -> list:
     with ThreadPoolExecutor(len(servers)) as pool:
-        return list(pool.map(call, servers))
+        return list(pool.map(call, servers, *more))
 
 
 def check_record(
@@ -219,75 +179,60 @@ def check_record(
         problems.append(f"{record['nan']} NaN went into the kernels or came out")
     if hook_on and record["late_compiles"]:
         problems.append(f"compiled by a request: {record['late_compiles']}")
-    if hook_on != ("FP8 prefill preparation with the" in server.log_since(0)):
+    log = server.log_since(0)
+    if hook_on != ("FP8 prefill preparation with the" in log):
         problems.append(f"the log {'does not say' if hook_on else 'says'} FP8 on")
+    declined = re.search("FP8 prefill preparation declines a batch.*", log)
+    if hook_on and declined:
+        problems.append(declined[0])
     return totals, [f"{server.name}: {problem}" for problem in problems]
 
 
 def run_pair(run: Run, case: Case, gpus: Sequence[int]) -> dict[str, Any]:
     """A row of results: distances by scenario, kernels, and problems."""
     expected = run.expected(case.model)
-    sides = {"unpatched": case.env, "patched": {**case.env, **case.patched_env}}
-    if case.off:
-        sides["off"] = {**case.env, **OFF}
+    problems: list[str] = []
+    sides = (*SIDES, "off") if case.off else SIDES
     with ExitStack() as stack:
-        servers = [
-            stack.enter_context(
-                run.server(
-                    f"{case.name}, {case.backend}",
-                    side,
-                    case.args,
-                    env,
-                    case.model,
-                    gpus,
-                )
-            )
-            for side, env in sides.items()
-        ]
+        servers = [stack.enter_context(run.server(case, s, gpus)) for s in sides]
         start_all(servers)
 
-        def drive(server: Server) -> tuple[dict[str, compare.Answers], list[str]]:
-            answers, problems = {}, []
-            off = server.env.get("SGLANG_MLA_FP8_PREFILL") == "off"
-            for scenario in ("alone",) if off else case.scenarios:
+        def drive(server: Server, side: str) -> dict[str, compare.Answers]:
+            answers = {}
+            for scenario in ("alone",) if side == "off" else case.scenarios:
                 prompts = run.questions[scenario]
-                answers[scenario], wrong = compare.ask(
-                    server, scenario, prompts, case.hits
-                )
-                problems += [f"{server.name}: {fault}" for fault in wrong]
-            return answers, problems
+                found = compare.ask(server, scenario, prompts, case.hits)
+                answers[scenario], wrong = found
+                problems.extend(f"{server.name}: {fault}" for fault in wrong)
+            return answers
 
-        answers, problems = zip(*side_by_side(drive, servers))
-        records = [
-            check_record(server, side == "patched")
-            for server, side in zip(servers, sides)
-        ]
+        answers = dict(zip(sides, side_by_side(drive, servers, sides)))
+        kernels = {}
+        for server, side in zip(servers, sides):
+            kernels[side], wrong = check_record(server, side == "patched")
+            problems += wrong
     row: dict[str, Any] = {"pair": case.name, "backend": case.backend}
-    row["problems"] = [p for some in problems for p in some]
-    row["problems"] += [p for _, some in records for p in some]
-    row["kernels"] = dict(zip(sides, records))["patched"][0]
-    if case.padding and not any(padded for _, padded, *_ in row["kernels"].values()):
-        row["problems"].append(f"{case.name}, {case.backend}: no batch was padded")
-    distances = {
-        scenario: compare.distances(
-            run.questions[scenario],
-            [side[scenario] for side in answers[:2]],
-            expected.result(),
-        )
-        for scenario in case.scenarios
-    }
-    distances["all"] = {k: v for some in distances.values() for k, v in some.items()}
+    where = f"{case.name}, {case.backend}"
+    row["kernels"] = kernels["patched"]
+    if case.padding and not any(
+        padded for _, padded, *_ in kernels["patched"].values()
+    ):
+        problems.append(f"{where}: no batch was padded")
+    distances: dict[str, dict] = {"all": {}}
+    for scenario in case.scenarios:
+        both = [answers[side][scenario] for side in SIDES]
+        prompts = run.questions[scenario]
+        distances[scenario] = compare.distances(prompts, both, expected.result())
+        distances["all"] |= distances[scenario]
     for scenario, found in distances.items():
-        where = f"{case.name}, {case.backend}, {scenario}"
         if len(found) < 2:
-            row["problems"].append(f"{where}: nothing to compare")
+            problems.append(f"{where}, {scenario}: nothing to compare")
             continue
         row[scenario] = compare.ratio(found)
-        row["problems"] += compare.problems_of(where, row[scenario])
+        problems += compare.problems_of(f"{where}, {scenario}", row[scenario])
     if case.off:
-        row["off"] = compare.bit_equal(answers[2]["alone"], answers[0]["alone"])
+        off, unpatched = (answers[side]["alone"] for side in ("off", "unpatched"))
+        row["off"] = compare.bit_equal(off, unpatched)
         if row["off"]["differing"] or not row["off"]["values"]:
-            row["problems"].append(
-                f"{case.name}, {case.backend}: hook off: {row['off']}"
-            )
-    return row
+            problems.append(f"{where}, hook off: {row['off']}")
+    return {**row, "problems": problems}

@@ -36,12 +36,11 @@ PAIRS = tuple(
 VOCAB = 512
 # Chunks as large as the prompts; idle schedulers would take the CPU from the one that
 # is timed.
-ARGS = (
-    *("--chunked-prefill-size", "16384"),
-    *("--max-prefill-tokens", "16384"),
-    "--sleep-on-idle",
-)
-ENV = {"STANDIN_COMPUTE": "none", "SGLANG_MAX_KV_CHUNK_CAPACITY": "2048"}
+CASE = {
+    "chunk": 16384,
+    "more": ("--max-prefill-tokens", "16384", "--sleep-on-idle"),
+    "env": {"STANDIN_COMPUTE": "none", "SGLANG_MAX_KV_CHUNK_CAPACITY": "2048"},
+}
 
 # Kernels of a layer that the patch has no part in, by parts of their names. cuBLAS
 # clears its workspace by memset; nothing else in a layer does.

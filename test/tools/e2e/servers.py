@@ -168,6 +168,12 @@ def kill_all() -> None:
     _kill([process for server in list(_running) for process in server.processes()])
 
 
+def leave_no_server(signum: int, frame: Any) -> None:
+    """Handles a signal that ends the suite."""
+    kill_all()
+    os._exit(128 + signum)
+
+
 def _kill(processes: Sequence[psutil.Process]) -> None:
     for process in processes:
         try:

@@ -206,7 +206,7 @@ class TestRecord:
     )
     def test_a_fault_is_found(self, server, changes, more, says):
         (problem,) = self.check(server, self.call(**changes), **more)[1]
-        assert says in problem and problem.startswith("a server: ")
+        assert says in problem
 
 
 def trace(steps):
@@ -301,9 +301,7 @@ class TestPage:
         assert page.markdown(rows) == (RESULTS.parent / "README.md").read_text()
         assert {row["section"] for row in rows} == set(suite.SECTIONS)
         assert page.problems(rows) == []
-
-    def test_distances_that_are_too_large_would_not_be_ok(self):
-        for row in json.loads(RESULTS.read_text()):
+        for row in rows:
             for scenario in page.SCENARIOS:
                 if scenario in row:
                     assert compare.problems_of("", row[scenario]) == []
@@ -312,7 +310,7 @@ class TestPage:
         rows = [{"section": "load", "problems": ["load: it broke"]}]
         text = page.markdown(rows)
         assert "- load: it broke\n" in text
-        assert "Not in these results: launches and time." in text
+        assert "Not in these results: Launches and time." in text
         assert page.problems(rows, ["profile"]) == []
 
     def test_the_projection(self):

@@ -65,12 +65,12 @@ def run_load(run: Run, name: str, gpu: int, kill: bool) -> Iterable[dict[str, An
         parts.append(watch.report())
         alone, wrong = load.lone(server, requests[::step])
         parts.append(load.compare_answers(requests[::step], loaded[::step], alone))
-        problems += wrong + check_record(server, side == "patched")[1]
+        parts += [({}, wrong), ({}, check_record(server, side == "patched")[1])]
         row: dict[str, Any] = {"load": name, "side": side}
         for figures, wrong in parts:
             row |= figures
             problems += wrong
-        return {**row, "problems": problems}
+        return {**row, "problems": [f"{server.name}: {p}" for p in problems]}
 
     with ExitStack() as stack:
         servers = [stack.enter_context(run.server(case, s, (gpu,))) for s in SIDES]
@@ -86,6 +86,7 @@ def run_load(run: Run, name: str, gpu: int, kill: bool) -> Iterable[dict[str, An
 
         requests = load.workload(200, 3, VOCAB)
         figures, problems = load.kill_scheduler(servers[1], requests, start_fresh)
+        problems = [f"kill, {name}: {problem}" for problem in problems]
         yield {"kill": name, **figures, "problems": problems}
 
 
@@ -97,8 +98,9 @@ def run_small_pool(run: Run, name: str, gpu: int) -> Iterable[dict[str, Any]]:
         requests = load.outgrowing(48, 1, VOCAB)
         figures, problems, _ = load.storm(server, requests, concurrency=len(requests))
         if not figures["retractions"]:
-            problems.append(f"small pool, {name}: no request was retracted")
+            problems.append("no request was retracted")
         problems += check_record(server, True)[1]
+        problems = [f"small pool, {name}: {problem}" for problem in problems]
         yield {"small pool": name, **figures, "problems": problems}
 
 
@@ -106,7 +108,7 @@ def run_profile(run: Run, gpu: int) -> Iterable[dict[str, Any]]:
     """Launches, preparation time, time to first token and throughput, by pair."""
     cases = [
         Case(model, name, model=model, **profiles.CASE)
-        for model, name in profiles.PAIRS[:: 3 if run.quick else 1]
+        for model, name in (profiles.QUICK_PAIRS if run.quick else profiles.PAIRS)
     ]
     with ExitStack() as stack:
         pairs = [

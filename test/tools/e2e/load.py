@@ -222,8 +222,9 @@ def compare_answers(
             )
     if 2 * compared < len(requests):
         problems.append(f"only {compared} of {len(requests)} answers can be compared")
-    mean = statistics.fmean(first_tokens) if first_tokens else None
-    figures = {"compared": compared, "same": same, "first_token_off": mean}
+    figures: dict[str, Any] = {"compared": compared, "same": same}
+    if first_tokens:
+        figures["first_token_off"] = round(statistics.fmean(first_tokens), 5)
     return figures, _few(problems)
 
 

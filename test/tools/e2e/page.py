@@ -6,6 +6,7 @@ python -m e2e.page docs/e2e/results.json > docs/e2e/README.md
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -53,12 +54,13 @@ have its wrapper).
 COMPARE = f"""
 The distance from transformers' own forward is the mean over the prompts' tokens of
 |log p(server) - log p(transformers)|. Its ratio, patched to unpatched, has a 95%
-bootstrap interval over prompts ({RESAMPLES:,} resamples, suffixes of one prefix together),
-which may not reach beyond {1 + MARGIN:.2f}. Prompts are random ids: 1 to 16,000 tokens
-one at a time, 64 of up to 4,096 tokens at once, and suffixes of 2 to 2,000 tokens behind
-cached prefixes of 64 to 12,288 in one to many chunks. With trtllm_mla the stand-in returns
-natural log-sum-exps, as SGLang merges them, except where the table says base-2, which is
-what trtllm-gen returns and which makes merged prefix chunks wrong, patched or not.
+bootstrap interval over prompts ({RESAMPLES:,} resamples, suffixes of one prefix
+together), which may not reach beyond {1 + MARGIN:.2f}. Prompts are random ids: 1 to
+16,000 tokens one at a time, 64 of up to 4,096 tokens at once, and suffixes of 2 to 2,000
+tokens behind cached prefixes of 64 to 12,288 in one to many chunks (`--quick`: up to
+2,049, and prefixes up to 2,048). With trtllm_mla the stand-in returns natural
+log-sum-exps, as SGLang merges them, except where the table says base-2, which is what
+trtllm-gen returns and which makes merged prefix chunks wrong, patched or not.
 """
 
 LOAD = """
@@ -68,21 +70,23 @@ of the storm's requests alone, to compare with.
 """
 
 PROFILE = f"""
-Layers of DeepSeek-V3's dimensions (hidden 7168; 128 heads as with data-parallel attention
-and a dense MLP of 18432, which is as much as the 9 experts of 2048 that a token meets; or
-16 heads and an eighth of the MLP, as at tensor parallel size 8), 8 and 16 of them, eager, on one GPU, so
-without communication, and with attention kernels that do nothing. Launches and GPU time
-of one layer, from SGLang's profiler; the preparation is what is neither projection, norm,
-activation nor attention: RoPE, concatenation, casts, cache row, zeroing the output, and
-for prefix chunks gather, pack and merge. Prefixes come in chunks of 2048 tokens
-(SGLANG_MAX_KV_CHUNK_CAPACITY; SGLang's default of 131072 takes such a prefix in one).
+Models of 8 layers with 128 heads and a dense MLP of 18432, as with data-parallel
+attention (the MLP is as much as the 9 experts of 2048 that a token meets), and of 16
+layers with an eighth of both, as at tensor parallel size 8; hidden size 7168, eager, on
+one GPU, so without communication, and with attention kernels that do nothing.
 
-The share is a projection of what a DeepSeek-V3 prefill step saves: microseconds saved a
-layer over the layer's measured time plus attention's, taken as 128 heads x (192 + 128)
+Launches and GPU time of one layer, from SGLang's profiler; the preparation is what is
+neither projection, norm, activation nor attention: RoPE, concatenation, casts, cache row,
+zeroing the output, and for prefix chunks gather, pack and merge. Prefixes come in chunks
+of 2048 tokens (SGLANG_MAX_KV_CHUNK_CAPACITY; SGLang's default of 131072 takes such a
+prefix in one).
+
+What is saved of a DeepSeek-V3 prefill step is a projection: microseconds saved a layer
+over the layer's measured time plus attention's, taken as 128 heads x (192 + 128)
 multiply-adds for each of tokens x (tokens / 2 + prefix) pairs at
-{ATTENTION_RATE / 1e12:.0f} TFLOP/s. FP8 weights would take less time than this GPU's BF16
-ones, which makes it larger; routing, all experts of a batch and communication, which are
-not in it, make it smaller.
+{ATTENTION_RATE / 1e12:.0f} TFLOP/s; {LAYERS} layers. FP8 weights would take less time than
+this GPU's BF16 ones, which makes the share larger; routing, all experts of a batch and
+communication, which are not in it, make it smaller.
 """
 
 FIRST_TOKEN = """
@@ -158,7 +162,7 @@ def load(rows: Sequence[Row]) -> str:
             "pool tokens held after": row["pool_tokens_held"],
             "GPU memory after": f"{row['memory_growth_mib']:+d} MiB",
             "same output as alone": f"{row['same']} of {row['compared']}",
-            "first token's log p, mean off": f"{row['first_token_off']:.4f}",
+            "first token's log p, mean off": f"{row.get('first_token_off', math.nan):.4f}",
         }
         for row in rows
         if "load" in row
@@ -190,7 +194,7 @@ def _who(row: Row) -> dict[str, str]:
 
 
 def _share(row: Row) -> str:
-    """Of a DeepSeek-V3 prefill step, and of all its layers."""
+    """The projected share of a DeepSeek-V3 prefill step, and the time."""
     if row["model"] != PROJECTED:
         return "-"
     pairs = row["tokens"] * (row["tokens"] / 2 + row["prefix"])
@@ -267,7 +271,7 @@ def markdown(rows: Sequence[Row]) -> str:
     for name, (title, introduction, write) in SECTIONS.items():
         mine = [row for row in rows if row["section"] == name]
         if not mine:
-            text += f"\nNot in these results: {title.lower()}.\n"
+            text += f"\nNot in these results: {title}.\n"
             continue
         text += f"\n## {title}\n{introduction}"
         text += "".join(f"\n{row['machine']}.\n" for row in mine if "machine" in row)

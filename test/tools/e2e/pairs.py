@@ -185,7 +185,7 @@ def check_record(
     declined = re.search("FP8 prefill preparation declines a batch.*", log)
     if hook_on and declined:
         problems.append(declined[0])
-    return totals, [f"{server.name}: {problem}" for problem in problems]
+    return totals, problems
 
 
 def run_pair(run: Run, case: Case, gpus: Sequence[int]) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def run_pair(run: Run, case: Case, gpus: Sequence[int]) -> dict[str, Any]:
         kernels = {}
         for server, side in zip(servers, sides):
             kernels[side], wrong = check_record(server, side == "patched")
-            problems += wrong
+            problems += [f"{server.name}: {fault}" for fault in wrong]
     row: dict[str, Any] = {"pair": case.name, "backend": case.backend}
     where = f"{case.name}, {case.backend}"
     row["kernels"] = kernels["patched"]

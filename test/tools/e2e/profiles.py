@@ -33,6 +33,7 @@ PAIRS = tuple(
     for model in ("deepseek_v3_wide", "deepseek_v3_tp8")
     for backend in ("tokenspeed_mla", "trtllm_mla")
 )
+QUICK_PAIRS = (PAIRS[0], PAIRS[-1])  # each model and each backend once
 VOCAB = 512
 # Chunks as large as the prompts; idle schedulers would take the CPU from the one that
 # is timed.
@@ -131,7 +132,7 @@ def usual_layer(layers: Sequence[Work]) -> dict[str, Any]:
 
 
 def profile(
-    server: Server, requests: Sequence[Request], seconds: float = 60
+    server: Server, requests: Sequence[Request], prefix: int, seconds: float = 60
 ) -> dict[str, Any]:
     """The usual layer of the requests, served one after another."""
     folder = Path(server.folder, "profile")
@@ -142,7 +143,7 @@ def profile(
     body |= {"with_stack": False, "record_shapes": False}
     server.post("/start_profile", body).raise_for_status()
     for request in requests:
-        _seconds(server, request)
+        _seconds(server, request, prefix)
     server.post("/stop_profile").raise_for_status()
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -159,7 +160,7 @@ def profile(
 
 
 def _prompt(seed: int, size: int, prefix: int) -> Request:
-    """One new token of `size` random ids behind a prefix that depends on its length."""
+    """`size` random tokens behind the same `prefix` ones."""
     head = np.random.default_rng([0, 7]).integers(VOCAB, size=prefix)
     tail = np.random.default_rng([1, seed]).integers(VOCAB, size=size)
     return Request([*head.tolist(), *tail.tolist()])
@@ -268,7 +269,7 @@ def measure(
             for seed in (0, 1):  # the second finds the prefix
                 _seconds(server, _prompt(seed, size, prefix))
             requests = [_prompt(10 + i, size, prefix) for i in range(3)]
-            layers.append(profile(server, requests))
+            layers.append(profile(server, requests, prefix))
         seconds = time_to_first_token(pair, size, prefix, times)
         yield {
             "tokens": size,

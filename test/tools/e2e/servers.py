@@ -259,7 +259,7 @@ class Server:
     def get(self, path: str, timeout: float = 60) -> requests.Response:
         return self._session.get(self.url + path, timeout=timeout)
 
-    def post(self, path: str, json: Any = None, timeout: float = 60):
+    def post(self, path: str, json: Any = None, timeout: float = 300):
         return self._session.post(self.url + path, json=json, timeout=timeout)
 
     def generate(self, request: Request, timeout: float = 300) -> Answer:

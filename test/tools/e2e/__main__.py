@@ -180,10 +180,11 @@ def run_sections(
     # Ranks of many servers on one GPU wait for each other's turns; what is timed has
     # the machine for itself.
     for jobs, at_once in ((together, SIDE_BY_SIDE // 2), (parallel, 3), ([profile], 1)):
+        chosen = [job for job in jobs if job[0] in sections]
         with ThreadPoolExecutor(at_once) as pool:
-            for job in jobs:
-                if job[0] in sections:
-                    pool.submit(results.run, *job)
+            done = [pool.submit(results.run, *job) for job in chosen]
+        for job in done:
+            job.result()
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:

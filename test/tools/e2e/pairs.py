@@ -52,11 +52,10 @@ class Case:
     quick: bool = False
 
     def arguments(self) -> list[str]:
-        kinds = ("prefill-", "decode-") if self.decode else ("",)
-        names = (self.backend, self.decode)
-        backends = [
-            x for y in zip(kinds, names) for x in (f"--{y[0]}attention-backend", y[1])
-        ]
+        backends = ["--attention-backend", self.backend]
+        if self.decode:
+            backends = ["--prefill-attention-backend", self.backend]
+            backends += ["--decode-attention-backend", self.decode]
         return [*backends, "--chunked-prefill-size", str(self.chunk), *self.more]
 
 

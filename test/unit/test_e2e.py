@@ -1,212 +1,212 @@
-"""The end-to-end suite's own parts that need no GPU: checkpoints, records, traces, the
-page. `test_e2e_compare.py` and `test_e2e_load.py` have the rest."""
+"""The end-to-end suite's parts that ask no server: reference, statistics, answers,
+records, traces, results and page. `test_e2e_servers.py` has the rest."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import textwrap
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import pytest
 import torch
-from e2e import __main__ as suite
-from e2e import compare, profiles, report
-from e2e import servers as servers_module
-from e2e.servers import Answer, Request, Server, ServerSpec
 from mla_standin import models
 from mla_standin.kernels import CAUSAL, DECODE, PREFIX_CHUNK
+from resampling import ratio_of_medians, ratio_of_sums
 from transformers import AutoModelForCausalLM
+
+from e2e import __main__ as suite
+from e2e import compare, page, pairs, profiles, reference
+from e2e.servers import ABORTED, Answer, Request, Server, faults
+
+VOCAB = models.KINDS["tiny"]["vocab_size"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return models.make_model("tiny", tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.mark.parametrize("piece", [32, reference.PIECE])
+def test_the_reference_equals_a_float64_forward(tiny, monkeypatch, piece):
+    monkeypatch.setattr(reference, "PIECE", piece)
+    ids = np.random.default_rng(0).integers(VOCAB, size=150).tolist()
+    found = reference.Reference(tiny, "cpu", torch.float32).logprobs(ids)
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64)
+    with torch.inference_mode():
+        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    wanted = [logprobs[i, token].item() for i, token in enumerate(ids[1:])]
+    assert len(found) == 149
+    assert np.abs(np.subtract(found, wanted)).max() < 1e-4
+    assert reference.Reference(tiny, "cpu").logprobs([5]) == []
+
+
+def test_sglang_reads_the_scales_of_the_scaled_checkpoint(tiny, tmp_path, monkeypatch):
+    from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp8Config
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    monkeypatch.setitem(models.KINDS, "scaled", models.KINDS["tiny"])
+    scaled = models.make_model("scaled", tmp_path / "scaled")
+    tensors = models.load_file(scaled / "model.safetensors")
+    # transformers' answers are those for the plain checkpoint.
+    for name, tensor in models.load_file(tiny / "model.safetensors").items():
+        assert tensor.equal(tensors[name])
+    config = json.loads((scaled / "config.json").read_text())
+    quantization = ModelOptFp8Config.from_config(config["quantization_config"])
+    assert quantization.is_layer_excluded("model.layers.1.self_attn.kv_b_proj")
+    prefix = "model.layers.1.self_attn.attn_mha"
+    attention = RadixAttention(
+        2, 32, 1.0, 2, 1, quant_config=quantization, prefix=prefix
+    )
+    attention.k_scale.data.copy_(tensors[f"{prefix}.k_scale"])
+    attention.v_scale.data.copy_(tensors[f"{prefix}.v_scale"])
+    attention.quant_method.process_weights_after_loading(attention)
+    scales = attention.k_scale_float, attention.v_scale_float
+    assert scales == (models.K_SCALE, models.V_SCALE)
+
+
+class TestRatio:
+    def test_a_constant_ratio_has_an_exact_interval(self):
+        old = np.linspace(0.05, 0.2, 40)
+        assert ratio_of_sums(1.1 * old, old) == pytest.approx((1.1, 1.1, 1.1))
+
+    def test_covers_the_truth_19_times_in_20(self, monkeypatch):
+        monkeypatch.setattr("resampling.RESAMPLES", 500)
+        rng = np.random.default_rng(5)
+        covered = 0
+        for _ in range(200):
+            old = rng.uniform(1, 2, 50)
+            _, low, high = ratio_of_sums(old * rng.normal(1.05, 0.2, 50), old)
+            covered += low <= 1.05 <= high
+        assert 0.88 <= covered / 200 <= 0.99
+
+    def test_of_medians(self):
+        old = np.random.default_rng(5).normal(100, 3, 60)
+        ratio, low, high = ratio_of_medians(0.9 * old, old)
+        assert ratio == pytest.approx(0.9)
+        assert 0.85 < low < 0.9 < high < 0.95
+
+    def test_values_that_are_not_finite_are_refused(self):
+        with pytest.raises(ValueError, match="not finite"):
+            ratio_of_sums([1.0, math.nan, 1.0], [1.0, 1.0, 1.0])
+
+
+def test_prompts_behind_a_prefix_count_as_one_and_as_their_tokens():
+    prompts = [
+        compare.Prompt(str(i), [1] * 4, 1, "a" if i < 2 else "b") for i in range(3)
+    ]
+    answers = {str(i): Answer(input_logprobs=[-1.0, -2.0]) for i in range(3)}
+    wrong = {**answers, "1": Answer(input_logprobs=[-1.0, -4.0])}
+    expected = {str(i): [-9.0, -1.0, -2.5] for i in range(3)}
+    found = compare.distances(prompts, [answers, wrong], expected)
+    assert {name: list(x) for name, x in found.items()} == {
+        "a": [1.0, 2.0, 4, 2],
+        "b": [0.5, 0.5, 2, 1],
+    }
+    assert compare.ratio(found)["ratio"][0] == pytest.approx(2.5 / 1.5, abs=1e-5)
+
+
+class TestAnswer:
+    REQUEST = Request([5, 6, 7], 2, logprob_start=0, rid="r")
+
+    def read(self, inputs=(None, -1.5, -2.5), outputs=(-0.5, -0.25), **meta):
+        meta = {
+            "id": "r",
+            "finish_reason": {"type": "length"},
+            "input_token_logprobs": [[x, 5, None] for x in inputs],
+            "output_token_logprobs": [[x, 8, None] for x in outputs],
+            **meta,
+        }
+        return Answer.read(self.REQUEST, {"meta_info": meta, "output_ids": [8, 9]})
+
+    def test_a_whole_one_has_no_faults(self):
+        answer = self.read()
+        assert answer.input_logprobs == [-1.5, -2.5]
+        assert answer.output_ids == [8, 9] and answer.output_logprobs == [-0.5, -0.25]
+        assert faults(self.REQUEST, answer) == []
+
+    @pytest.mark.parametrize(
+        "changes, says",
+        [
+            # JSON has no NaN: SGLang writes null.
+            (dict(inputs=(None, None, -1.0)), "1 of 2 input_logprobs are NaN"),
+            (dict(outputs=(-1.0, -math.inf)), "1 of 2 output_logprobs are NaN"),
+            (dict(outputs=(0.5, -1.0)), "or positive, the first at 0"),
+            (dict(inputs=(None, -1.0)), "1 input_logprobs, not 2"),
+            (dict(outputs=(-1.0,)), "1 output_logprobs, not 2"),
+            (dict(id="other"), "error: the answer is to 'other'"),
+            (dict(finish_reason={"type": "stop"}), "finished by 'stop'"),
+        ],
+    )
+    def test_a_fault_is_named(self, changes, says):
+        (found,) = faults(self.REQUEST, self.read(**changes), may_abort=True)
+        assert says in found
+
+    @pytest.mark.parametrize("message", ABORTED)
+    def test_an_abort_that_was_asked_for_may_be_short_but_not_nan(self, message):
+        reason = {"type": "abort", "message": message}
+        answer = self.read(inputs=(None, None), outputs=(), finish_reason=reason)
+        assert faults(self.REQUEST, answer, may_abort=True) == []
+        assert "finished by 'abort'" in faults(self.REQUEST, answer)[0]
+        answer = self.read(outputs=(None,), finish_reason=reason)
+        assert "NaN" in faults(self.REQUEST, answer, may_abort=True)[0]
+
+    def test_another_abort_is_an_error(self):
+        reason = {"type": "abort", "message": "Out of memory"}
+        answer = self.read(finish_reason=reason)
+        assert faults(self.REQUEST, answer, may_abort=True) == ["error: Out of memory"]
 
 
 @pytest.fixture
 def server(tmp_path):
-    def make(patched=True, **env):
-        folder = tmp_path / ("patched" if patched else "unpatched")
-        spec = ServerSpec("a server", patched, folder, folder, env=env)
-        return Server(spec, folder)
-
-    return make
-
-
-class TestModels:
-    def test_same_weights_for_the_same_seed(self, tmp_path):
-        folders = [models.make_model("tiny", tmp_path / str(i)) for i in range(2)]
-        one, two = (
-            AutoModelForCausalLM.from_pretrained(f, dtype=torch.bfloat16).state_dict()
-            for f in folders
-        )
-        assert one.keys() == two.keys()
-        assert all(one[name].equal(two[name]) for name in one)
-        other = models.make_model("tiny", tmp_path / "other", seed=1)
-        other = AutoModelForCausalLM.from_pretrained(other, dtype=torch.bfloat16)
-        name = "model.layers.0.self_attn.kv_b_proj.weight"
-        assert not one[name].equal(other.state_dict()[name])
-
-    def test_logits_neither_flat_nor_one_hot(self, tmp_path):
-        folder = models.make_model("tiny", tmp_path / "tiny")
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        with torch.no_grad():
-            logits = model(torch.randint(0, 128, (1, 200))).logits
-        top = torch.softmax(logits, -1).amax(-1).mean()
-        assert 0.05 < top < 0.8
-
-    def test_scales_are_named_for_what_sglang_prefills_with(
-        self, tmp_path, monkeypatch
-    ):
-        monkeypatch.setitem(models.KINDS, "scaled", models.KINDS["tiny"])
-        folder = models.make_model("scaled", tmp_path / "scaled")
-        tensors = models.load_file(folder / "model.safetensors")
-        # transformers' answers are those for the plain checkpoint.
-        plain = models.make_model("tiny", tmp_path / "plain")
-        for name, tensor in models.load_file(plain / "model.safetensors").items():
-            assert tensor.equal(tensors[name])
-        name = "model.layers.1.self_attn.attn_mha.v_scale"
-        assert tensors[name].item() == models.V_SCALE
-        config = json.loads((folder / "config.json").read_text())
-        from sglang.srt.layers.quantization.modelopt_quant import (
-            ModelOptFp8Config,
-            ModelOptFp8KVCacheMethod,
-        )
-        from sglang.srt.layers.radix_attention import RadixAttention
-
-        quantization = ModelOptFp8Config.from_config(config["quantization_config"])
-        prefix = "model.layers.1.self_attn.attn_mha"
-        attention = RadixAttention(2, 32, 1.0, 2, 1, quant_config=quantization)
-        assert isinstance(attention.quant_method, ModelOptFp8KVCacheMethod)
-        attention.k_scale.data.copy_(tensors[f"{prefix}.k_scale"])
-        attention.v_scale.data.copy_(tensors[f"{prefix}.v_scale"])
-        attention.quant_method.process_weights_after_loading(attention)
-        assert attention.k_scale_float == models.K_SCALE
-        assert quantization.is_layer_excluded("model.layers.1.self_attn.kv_b_proj")
-
-    def test_unknown_kind(self, tmp_path):
-        with pytest.raises(ValueError, match="deepseek_v3"):
-            models.make_model("v4", tmp_path)
-
-
-class TestAnswer:
-    def test_prompt_and_output(self):
-        request = Request([5, 6, 7], max_new_tokens=2, logprob_start=0)
-        meta = {
-            "finish_reason": {"type": "length"},
-            "cached_tokens": 0,
-            "input_token_logprobs": [[None, 5, None], [-1.5, 6, None], [-2.5, 7, None]],
-            "output_token_logprobs": [[-0.5, 8, None], [-0.25, 9, None]],
-        }
-        answer = Answer.read(request, {"meta_info": meta, "output_ids": [8, 9]}, 0.5)
-        assert answer.input_logprobs == [-1.5, -2.5]
-        assert answer.output_ids == [8, 9] and answer.output_logprobs == [-0.5, -0.25]
-
-    def test_no_new_tokens_are_dropped(self):
-        request = Request([5, 6])
-        assert request.body()["sampling_params"]["max_new_tokens"] == 1
-        body = {"meta_info": {"finish_reason": {"type": "length"}}, "output_ids": [3]}
-        assert Answer.read(request, body, 0.1).output_ids == []
-
-
-def call(**changes):
-    fp8 = "float8_e4m3fn"
-    return {
-        "kernel": "tokenspeed_mla_prefill",
-        **dict(q_dtype=fp8, k_dtype=fp8, v_dtype=fp8),
-        **dict(contiguous=True, causal=True, padded=False),
-        **dict(count=2, tokens=10),
-        **changes,
-    }
-
-
-def write_record(server, name, calls, nan=0, late=()):
-    record = {
-        "calls": calls,
-        "nan": {"q": 0, "k": 0, "v": 0, "out": nan},
-        "compiled": [],
-        "late_compiles": list(late),
-    }
-    (server.folder / f"record-{name}.json").write_text(json.dumps(record))
-    server.log.write_text("TRTLLMMLABackend: FP8 prefill preparation with the fused …")
-
-
-class TestStart:
-    def test_command_and_environment(self, server, monkeypatch):
-        started = []
-        monkeypatch.setattr(
-            subprocess, "Popen", lambda command, **kw: started.append((command, kw))
-        )
-        servers = [server(STANDIN_LSE="natural"), server(patched=False)]
-        try:
-            for one in servers:
-                one.start()
-        finally:
-            servers_module._running.clear()
-        ports = []
-        for command, kw in started:
-            options = dict(zip(command, command[1:]))
-            port = int(options["--port"])
-            assert int(options["--nccl-port"]) == port + 1
-            ports.append(port)
-            assert int(kw["env"]["SGLANG_TIMEOUT_KEEP_ALIVE"]) > 600
-        assert started[0][1]["env"]["STANDIN_LSE"] == "natural"
-        assert abs(ports[0] - ports[1]) >= 50
-        assert [one.url for one in servers] == [
-            f"http://127.0.0.1:{port}" for port in ports
-        ]
-
-    def test_a_port_whose_next_is_taken_is_passed_over(self, monkeypatch):
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            port = taken.getsockname()[1]
-            monkeypatch.setattr(
-                servers_module, "_ports", iter([port - 1, port, port + 50])
-            )
-            assert servers_module.free_port() == port + 50
+    return Server(tmp_path / "a server", tmp_path, tmp_path, env={"A": "b"})
 
 
 class TestRecord:
-    def test_processes_add_up(self, server):
-        server = server()
-        write_record(server, 1, [call(), call(causal=False)], nan=1)
-        write_record(server, 2, [call(count=3)], nan=2)
-        record = server.record()
-        assert [c["count"] for c in record["calls"]] == [5, 2]
-        assert record["nan"]["out"] == 3
+    ON = "FP8 prefill preparation with the fused producer"
+    DECLINED = "FP8 prefill preparation declines a batch: CUDA graph"
 
-    def test_fine(self, server):
-        server = server()
-        write_record(server, 1, [call()])
-        assert suite.check_record(server)[1] == []
+    def call(self, **changes):
+        fp8 = "float8_e4m3fn"
+        return {
+            "kernel": "tokenspeed_mla_prefill",
+            **dict(q_dtype=fp8, k_dtype=fp8, v_dtype=fp8, contiguous=True),
+            **dict(causal=True, padded=True, count=2, tokens=10),
+            **changes,
+        }
+
+    def check(self, server, *calls, nan=0, late=(), log=ON, hook_on=True):
+        server.log.write_text(log)
+        for i, call in enumerate(calls):
+            record = {"calls": [call], "nan": {"q": 0, "out": nan}, "compiled": []}
+            record["late_compiles"] = list(late)
+            (server.folder / f"record-{i}.json").write_text(json.dumps(record))
+        return pairs.check_record(server, hook_on)
+
+    def test_processes_add_up(self, server):
+        calls = self.call(), self.call(count=3), self.call(causal=False, padded=False)
+        totals, problems = self.check(server, *calls)
+        assert problems == []
+        assert totals == {
+            "tokenspeed_mla_prefill, causal": [5, 5, 0, 20],
+            "tokenspeed_mla_prefill, prefix chunk": [2, 0, 0, 10],
+        }
 
     @pytest.mark.parametrize(
-        "record, says",
+        "changes, more, says",
         [
-            (dict(calls=[]), "no prefill kernel"),
-            (dict(calls=[call(), call(q_dtype="bfloat16")]), "bfloat16"),
-            (dict(calls=[call(contiguous=False)]), "'contiguous': False"),
-            (dict(calls=[call()], nan=1), "NaN in {'out': 1}"),
-            (dict(calls=[call()], late=[["bf16"]]), "compiled by a request"),
+            (dict(causal=None), {}, "no prefill kernel"),
+            (dict(q_dtype="bfloat16"), {}, "bfloat16"),
+            (dict(contiguous=False), {}, "'contiguous': False"),
+            ({}, dict(nan=1), "1 NaN"),
+            ({}, dict(late=[["bf16"]]), "compiled by a request"),
+            ({}, dict(log="declined, …"), "does not say FP8 on"),
+            ({}, dict(hook_on=False), "the log says FP8 on"),
+            ({}, dict(log=f"{ON} {DECLINED}"), DECLINED),
         ],
     )
-    def test_faults(self, server, record, says):
-        server = server()
-        write_record(server, 1, **record)
-        (problem,) = suite.check_record(server)[1]
+    def test_a_fault_is_found(self, server, changes, more, says):
+        (problem,) = self.check(server, self.call(**changes), **more)[1]
         assert says in problem
-
-    def test_who_says_that_the_hook_is_on(self, server):
-        unpatched, off = server(False), server(SGLANG_MLA_FP8_PREFILL="off")
-        for some in (unpatched, off):
-            write_record(some, 1, [call()])
-            assert "the log says" in suite.check_record(some)[1][0]
-            some.log.write_text("declined, SGLANG_MLA_FP8_PREFILL=off")
-            assert not suite.check_record(some)[1]
-        on = server()
-        write_record(on, 1, [call()])
-        on.log.write_text("")
-        assert "does not say" in suite.check_record(on)[1][0]
 
 
 def trace(steps):
@@ -244,295 +244,111 @@ def trace(steps):
 
 
 class TestProfiles:
-    LAYER = ["nvjet_tst", "rope", "fp8_cast", "RMSNormKernel"]
-
-    def steps(self, layer):
+    def measured(self, *layer):
         one_pass = ["embedding"] + [*layer, CAUSAL] * 4 + ["nvjet_head", "sample"]
-        return trace([one_pass, one_pass])
+        return profiles.usual_layer(profiles.layers_of(trace([one_pass, one_pass])))
 
     def test_usual_layer(self):
-        found = profiles.per_layer(profiles.layers_of(self.steps(self.LAYER)))
-        assert found["layers"] == 6 and found["launches"] == 4
-        assert found["preparation_launches"] == 2
+        found = self.measured("nvjet_tst", "rope", "fp8_cast", "RMSNormKernel")
+        assert found["launches"] == 4 and found["preparation_launches"] == 2
         assert found["preparation_us"] == 10 + 4 + 10 + 8
-        assert found["preparation_kernels"] == {"rope": 1, "fp8_cast": 1}
-        assert found["launches_by_part"]["projections"] == 1
-        assert found["us"] == 40 + sum(map(len, self.LAYER))
+        assert found["us"] == 40 + len("nvjet_tstropefp8_castRMSNormKernel")
+
+    def test_memsets_are_of_the_projections(self):
+        assert self.measured("Memset (Device)", "rope")["preparation_launches"] == 1
 
     def test_prefix_chunks_belong_to_their_layer(self):
-        layer = [*self.LAYER, CAUSAL, "gather", PREFIX_CHUNK, "merge"]
+        layer = ["rope", "fp8_cast", CAUSAL, "gather", PREFIX_CHUNK, "merge"]
         events = trace([layer * 3, ["nvjet", DECODE]])
-        found = profiles.per_layer(profiles.layers_of(events))
-        assert found["layers"] == 2 and found["launches"] == 6
+        assert profiles.usual_layer(profiles.layers_of(events))["launches"] == 4
 
     def test_no_attention(self):
         assert profiles.layers_of(trace([["rope"]])) == []
-        with pytest.raises(ValueError, match="no two causal"):
-            profiles.per_layer([])
 
     def test_problems(self):
-        def measured(*preparation):
-            layer = ["nvjet_tst", *preparation, "RMSNormKernel"]
-            return profiles.per_layer(profiles.layers_of(self.steps(layer)))
+        unpatched = self.measured("rope", "concat", "fp8_cast", "fp8_cast")
+        ours = f"_{profiles.OURS}_fp8_kernel"
+        assert profiles.problems("x", unpatched, self.measured(ours)) == []
+        assert len(profiles.problems("x", unpatched, unpatched)) == 4
+        slower = self.measured(ours, "another_kernel_with_a_long_name")
+        (problem,) = profiles.problems("x", unpatched, slower)
+        assert "preparation_us" in problem
 
-        def problems(patched):
-            sides = dict(unpatched={"64": unpatched}, patched={"64": patched})
-            return profiles.problems("wide, trtllm_mla", sides)
+    def test_servers_are_timed_in_turn_and_the_first_times_dropped(self):
+        asked = []
 
-        ours = "_mla_prefill_quantize_fp8_kernel"
-        unpatched = measured("rope", "concat", "fp8_cast", "fp8_cast")
-        assert problems(measured(ours)) == []
-        assert len(problems(unpatched)) == 3
-        (slower,) = problems(measured(ours, "another_kernel_with_a_long_name"))
-        assert "takes" in slower
+        def measure(server, i):
+            asked.append(server)
+            return len(asked)
 
-    def test_memsets_are_of_the_projections(self):
-        measured = profiles.layers_of(self.steps(["Memset (Device)", "rope"]))
-        found = profiles.per_layer(measured)
-        assert found["launches_by_part"] == {"projections": 1, "preparation": 1}
-
-    def test_ratio_of_medians(self):
-        a = np.random.default_rng(5).normal(100, 3, 60)
-        ratio, low, high = profiles.ratio_of_medians(a, 0.9 * a)
-        assert ratio == pytest.approx(0.9)
-        assert 0.85 < low < 0.9 < high < 0.95
-        assert profiles.ratio_of_medians([1.0], [2.0]) == (2, 2, 2)
-
-    def test_servers_are_timed_in_turn(self):
-        asked, cached = [], 0
-
-        def server(name):
-            def generate(request):
-                asked.append(name)
-                return Answer(seconds=len(asked), cached_tokens=cached)
-
-            spec = SimpleNamespace(name=name)
-            return SimpleNamespace(
-                spec=spec, generate=generate, flush_cache=lambda: None
-            )
-
-        pair = [server("a"), server("b")]
-        seconds = profiles.time_to_first_token(pair, 16, 4, 3)
+        assert profiles.in_turn("ab", measure, 3, warm=2) == [[5, 8, 9], [6, 7, 10]]
         assert "".join(asked) == "abba" + "abbaab"
-        assert seconds == [[5, 8, 9], [6, 7, 10]]
-        with pytest.raises(RuntimeError, match="0 cached tokens .* behind 64"):
-            profiles.time_to_first_token(pair, 16, 4, 3, prefix=64)
-        cached = 64
-        assert len(profiles.time_to_first_token(pair, 16, 4, 3, prefix=64)[1]) == 3
 
-    def test_throughput(self, monkeypatch):
-        now, asked = [0.0], []
-        monkeypatch.setattr(profiles.time, "monotonic", lambda: now[0])
-
-        def server(name, seconds):
-            def generate_all(requests, concurrency):
-                asked.append((name, [request.input_ids for request in requests]))
-                now[0] += seconds
-                return [Answer() for request in requests]
-
-            return SimpleNamespace(generate_all=generate_all, flush_cache=lambda: None)
-
-        pair = [server("a", 2.0), server("b", 1.0)]
-        assert profiles.throughput(pair, 16, 100, 5, 3) == [[250.0] * 3, [500.0] * 3]
-        assert "".join(name for name, _ in asked) == "abbaabba"
-        # Both are asked the same, and nothing twice.
-        assert asked[0][1] == asked[1][1] and asked[0][1] != asked[2][1]
-        assert {len(ids) for _, requests in asked for ids in requests} == {100}
+    def test_a_prefix_that_is_not_cached_is_not_timed(self):
+        server = SimpleNamespace(
+            name="a", generate=lambda request: Answer(), flush_cache=lambda: None
+        )
+        with pytest.raises(RuntimeError, match="0 cached tokens behind 64"):
+            profiles.time_to_first_token([server, server], 4, 64, 3)
 
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs/e2e/results.json"
 
 
-class TestReport:
-    def test_committed_page_is_that_of_the_committed_results(self):
-        results = json.loads(RESULTS.read_text())
-        page = (RESULTS.parent / "README.md").read_text()
-        assert report.markdown(results) == page and "Not complete" not in page
+class TestPage:
+    def test_the_committed_page_is_that_of_the_committed_results(self):
+        rows = json.loads(RESULTS.read_text())
+        assert page.markdown(rows) == (RESULTS.parent / "README.md").read_text()
+        assert {row["section"] for row in rows} == set(suite.SECTIONS)
+        assert page.problems(rows) == []
+        for row in rows:
+            for scenario in page.SCENARIOS:
+                if scenario in row:
+                    assert compare.problems_of("", row[scenario]) == []
 
-    def test_committed_results_are_ok(self):
-        results = json.loads(RESULTS.read_text())
-        assert results and set(results) <= set(suite.SECTIONS)
-        for section in results.values():
-            assert not section["problems"] and not suite.failures(section)
+    def test_problems_are_named_and_sections_that_did_not_run(self):
+        rows = [{"section": "load", "problems": ["load: it broke"]}]
+        text = page.markdown(rows)
+        assert "- load: it broke\n" in text
+        assert "Not in these results: Launches and time." in text
+        assert page.problems(rows, ["profile"]) == []
 
-    def test_profile(self):
-        def layers(preparation):
-            kernels = ["nvjet", *preparation, "norm"]
-            one_pass = [*kernels, CAUSAL] * 4
-            return profiles.per_layer(profiles.layers_of(trace([one_pass])))
-
-        sides = {"unpatched": layers(["cast"] * 9), "patched": layers(["fused"])}
-        one = {
-            "layers": {side: {"64": x, "64 behind 8": x} for side, x in sides.items()},
-            "time_to_first_token": {
-                "64": dict(unpatched=[0.2, 0.4, 0.6], patched=[0.1, 0.3, 0.5])
-            },
-            "throughput": dict(unpatched=[100.0], patched=[125.0]),
-            "throughput_prompt": 16,
-            "model_layers": 8,
-        }
-        models = {model: {"trtllm_mla": one} for model in report.MODELS}
-        machine = dict(gpu="G", gpus=1, torch="t", triton="t", sglang="s", quick=False)
-        section = dict(machine=machine, problems=[], profile=models)
-        page = report.markdown({"profile": section})
-        assert "Not complete" not in page
-        assert "| 64 behind 8 | 11 -> 3 | 9 -> 1 | 126 -> 15 us | 8.40 |" in page
-        assert "| 8 | 64 | 400.00 ms | 300.00 ms | 25.0% (" in page
-        assert "| 100 tokens/s | 125 tokens/s | 25.0% (25.0% to 25.0%) |" in page
-        # 111 us of 155 and attention's 0.17.
-        assert "| 111 us | 155 us | 0 us | 71.5% |" in page
-
-    def test_a_section_that_broke_off_is_named(self):
-        section = dict(
-            machine=dict(
-                gpu="G", gpus=1, torch="t", triton="t", sglang="s", quick=True
-            ),
-            problems=["profile: it broke"],
-        )
-        page = report.markdown({"profile": section})
-        assert "Not complete" in page and "it broke" in page and "--quick" in page
+    def test_the_projection(self):
+        old = dict(launches=9, us=155.0, preparation_launches=7, preparation_us=126.0)
+        new = {**old, "preparation_us": 15.0}
+        row = dict(model=page.PROJECTED, tokens=64, prefix=8)
+        row |= dict(layer=dict(unpatched=old, patched=new))
+        # 111 us of 155 and attention's 0.2, and 61 times that.
+        assert page._share(row) == "71.5%, 6.8 ms"
 
 
-class TestResults:
-    MACHINE = dict(gpu="G", gpus=1, torch="t", triton="t", sglang="s", quick=False)
+def test_the_results_hold_what_is_done_and_other_sections_rows(tmp_path):
+    file = tmp_path / "results.json"
 
-    def results(self, tmp_path, **jobs):
-        return suite.Results(tmp_path / "results.json", jobs, self.MACHINE)
+    def run(section, job):
+        suite.Results(file, [section], "a machine").run(section, section, job)
+        return json.loads(file.read_text())
 
-    def on_file(self, tmp_path):
-        return json.loads((tmp_path / "results.json").read_text())
+    def breaks():
+        yield {"n": 1, "problems": []}
+        # A run that is cut short here keeps the part before.
+        assert json.loads(file.read_text())[-1]["n"] == 1
+        raise ValueError("it broke")
 
-    def test_file_has_what_is_done(self, tmp_path, capsys):
-        results = self.results(tmp_path, load=["storm", "retractions"])
-
-        def storm():
-            yield {"load": {"x": {"n": 1}}, "problems": []}
-            # A run that is cut short here keeps the part before.
-            assert self.on_file(tmp_path)["load"]["load"] == {"x": {"n": 1}}
-            yield {"load": {"y": {"n": 2}}, "problems": ["a leak"], "answers": {"m": 1}}
-
-        results.run("load", "storm", storm)
-        section = self.on_file(tmp_path)["load"]
-        assert section["load"] == {"x": {"n": 1}, "y": {"n": 2}}
-        assert section["problems"] == ["a leak"]
-        assert section["waiting"] == ["retractions"] and "answers" not in section
-        assert results.answers == {"load": {"m": 1}}
-        assert "storm: NOT OK" in capsys.readouterr().out
-
-    def test_a_job_that_raises_is_a_problem(self, tmp_path, capsys):
-        results = self.results(tmp_path, kill=["kill"])
-        results.run("kill", "kill", lambda: 1 / 0)
-        section = self.on_file(tmp_path)["kill"]
-        assert section["problems"] == ["kill: ZeroDivisionError: division by zero"]
-        assert section["waiting"] == []
-
-    def test_other_sections_stay(self, tmp_path):
-        first = self.results(tmp_path, kill=["kill"])
-        first.run("kill", "kill", lambda: {"kill": {"n": 1}, "problems": []})
-        second = self.results(tmp_path, load=["storm"])
-        second.run("load", "storm", lambda: {"problems": []})
-        assert self.on_file(tmp_path)["kill"]["kill"] == {"n": 1}
-        # And what runs again replaces its last results.
-        third = self.results(tmp_path, kill=["kill"])
-        third.run("kill", "kill", lambda: {"problems": ["x"]})
-        assert "kill" not in self.on_file(tmp_path)["kill"]
+    run("profile", lambda: [{"n": 2, "problems": []}])
+    for rows in run("load", breaks), run("load", breaks):
+        assert [row.get("n") for row in rows] == [None, 2, None, 1, None]
+        assert page.problems(rows) == ["load: ValueError: it broke"]
 
 
-def test_no_server_outlives_the_suite(tmp_path):
-    """Processes that a server started, too, when the suite is ended by a signal."""
-    (tmp_path / "mla_standin").mkdir()
-    (tmp_path / "mla_standin/__init__.py").touch()
-    (tmp_path / "mla_standin/launch_server.py").write_text(
-        "import subprocess, sys, time\n"
-        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)'])\n"
-        "time.sleep(99)\n"
-    )
-    code = """
-        import os, pathlib, signal, sys, time
-        from e2e import __main__ as suite, servers
-        servers.TEST = sys.argv[1]
-        folder = pathlib.Path(sys.argv[1])
-        server = servers.Server(servers.ServerSpec("s", True, folder, folder), folder)
-        server.start()
-        while len(server.processes()) < 2:
-            time.sleep(0.05)
-        print(*(process.pid for process in server.processes()), flush=True)
-        signal.signal(signal.SIGTERM, suite.end)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)
-    """
-    code = "import sglang_cpu; sglang_cpu.install()\n" + textwrap.dedent(code)
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 128 + 15, done.stderr
-    pids = [int(pid) for pid in done.stdout.split()]
-    assert len(pids) == 2 and not any(map(psutil.pid_exists, pids))
+def test_every_pair_has_a_name_of_its_own_and_a_model():
+    cases = pairs.one_gpu_cases() + pairs.two_gpu_cases()
+    assert len({(case.name, case.backend) for case in cases}) == len(cases)
+    assert {case.backend for case in cases} == {pairs.TOKENSPEED, pairs.TRTLLM}
+    assert {case.model for case in cases} <= set(models.KINDS)
 
 
-class TestSuite:
-    def test_pooled_by_model(self, monkeypatch):
-        """One comparison for each model, of all that its servers were asked."""
-        values = [-1.0, -2.0, -3.0]
-        answer = dict(
-            group="g",
-            start=0,
-            length=4,
-            logprobs=values,
-            output_ids=[],
-            output_logprobs=[],
-            cached_tokens=0,
-            seconds=0.0,
-        )
-        result = {
-            "scenario": "single",
-            "answers": {f"prompt {i}": {**answer, "group": str(i)} for i in range(9)},
-            "problems": [],
-        }
-
-        class References:
-            """Stands in for transformers' answers, which the servers' equal here."""
-
-            def get(self, kind, dtype):
-                return None, {
-                    f"prompt {i}": [x + 0.1 for x in values] for i in range(9)
-                }
-
-        runs = {
-            f"tokenspeed_mla, {case}: single": dict(patched=result, unpatched=result)
-            for case in ("chunked prefill off", "chunked prefill 512")
-        }
-        one = {"trtllm_mla, GLM: single": dict(patched=result, unpatched=result)}
-        found = suite.pool_all(References(), {"deepseek_v3": runs, "glm": one})
-        assert [c["prompts"] for c in found["comparisons"]] == [9, 9]
-        scenarios, everything, glm = found["pooled"]
-        assert scenarios["scenario"] == "deepseek_v3: all single"
-        assert everything["prompts"] == 18 and everything["independent"] == 9
-        assert glm["scenario"] == "glm: trtllm_mla, GLM" and glm["prompts"] == 9
-        for judged in found["comparisons"] + found["pooled"]:
-            assert judged["ok"] and judged["patched_distance"] == pytest.approx(0.1)
-
-    def test_failures_and_what_is_not_done(self):
-        base = compare._comparison("distance", "single", "b")
-        undecided = base | {"verdict": "undecided", "reason": "few prompts"}
-        assert suite.failures({"problems": [], "comparisons": [undecided]}) == []
-        assert suite.failures({"problems": [], "pooled": [undecided]})
-        assert suite.failures({"problems": [], "waiting": ["kill"]}) == [
-            "kill: not done"
-        ]
-
-    def test_every_case_has_a_name_of_its_own(self):
-        cases = suite.one_gpu_cases() + suite.two_gpu_cases((0, 1))
-        names = [(case.name, case.backend) for case in cases]
-        assert len(set(names)) == len(names)
-        assert {case.backend for case in cases} == {suite.TOKENSPEED, suite.TRTLLM}
-        assert {case.model for case in cases} <= set(models.KINDS)
-
-    def test_without_a_gpu(self, monkeypatch, capsys):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert suite.main([]) == 2
-        assert "needs GPU 0" in capsys.readouterr().err
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert suite.main([]) == 2
+    assert "needs GPU 0" in capsys.readouterr().err

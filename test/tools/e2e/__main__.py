@@ -3,353 +3,198 @@
     python -m e2e --sglang 0.5.12.post1 --out e2e-results
 
 Starts SGLang servers on the stand-ins of `mla_standin`, drives them over HTTP and ends
-them. Writes results.json, as they come, and README.md to the output folder, prints the
-table, and exits 1 where something is not ok. Sections: compare, load, kill, profile
-and, with two GPUs (`--gpus 0,1`), parallel.
+them. Writes results.json, one row a line, and README.md to the output folder, prints the
+page, and exits 1 where something is not ok. Sections that do not run keep their rows.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import importlib.metadata
-import inspect
 import itertools
 import json
-import os
 import signal
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
 import patched_sglang
 import torch
-from e2e import compare, load, profiles, report
+from mla_standin.models import VOCAB
+
+from e2e import load, page, profiles
 from e2e.pairs import (
-    NATURAL,
+    SIDE_BY_SIDE,
+    SIDES,
     TOKENSPEED,
     TRTLLM,
     Case,
-    Questions,
-    References,
     Run,
-    backend,
     check_record,
-    chunked,
     one_gpu_cases,
-    pool_answers,
-    run_case,
+    run_pair,
     side_by_side,
     two_gpu_cases,
 )
-from e2e.servers import Server, kill_all, start_all
-from mla_standin.models import KINDS, VOCAB
+from e2e.servers import Server, kill_all, leave_no_server, start_all
 
-from prefill_patch.target import open_target
-
-SECTIONS = ("compare", "parallel", "load", "kill", "profile")
-Job = Callable[[], Any]
-POOLED = "everything together"
+SECTIONS = ("compare", "parallel", "load", "profile")
+# A job makes rows of results; their "problems" are what is not ok.
+Job = Callable[[], Iterable[dict[str, Any]]]
 
 
-def run_load(run: Run, name: str) -> dict[str, Any]:
-    """A storm on both servers of a backend, and what is left of it."""
-    count, sample, times = (300, 40, 4) if run.quick else (2000, 150, 16)
-    case = Case("load", name, backend(name) + chunked(2048), (), env=NATURAL)
-    results: dict[str, Any] = {}
-    reference = None
-    with run.slots, ExitStack() as stack:
-        servers = run.pair(case, stack)
-        requests = load.workload(count, 1, VOCAB)
-        warm = load.workload(200, 2, VOCAB)
+def run_load(run: Run, name: str, gpu: int, kill: bool) -> Iterable[dict[str, Any]]:
+    """A storm on both servers of a backend and what is left of it; then a kill."""
+    case = Case("load", name)
+    count, step, times = (300, 8, 4) if run.quick else (2000, 13, 16)
+    requests = load.workload(count, 1, VOCAB)
+    aborts = load.random_aborts(count, 1)
 
-        def drive(server: Server) -> dict[str, Any]:
-            first = load.storm(server, warm, seed=2, abort_share=0, flushes=1)
-            before = load.snapshot(server)
-            stormed = load.storm(server, requests, seed=1)
-            prefills = load.abort_prefills(server, VOCAB, times=times)
-            after = load.leaks(server, before)
-            alone = load.quiet(server, requests, sample=sample)
-            parts = dict(first=first, storm=stormed, prefills=prefills)
-            return {**parts, "leaks": after, "quiet": alone}
+    def drive(server: Server, side: str) -> dict[str, Any]:
+        _, problems, _ = load.storm(server, load.workload(200, 2, VOCAB))
+        watch = load.Watch(server)
+        figures, wrong, loaded = load.storm(server, requests, aborts, waves=5)
+        parts = [(figures, wrong), load.abort_prefills(server, VOCAB, times)]
+        parts.append(watch.report())
+        alone, wrong = load.lone(server, requests[::step])
+        parts.append(load.compare_answers(requests[::step], loaded[::step], alone))
+        parts += [({}, wrong), ({}, check_record(server, side == "patched")[1])]
+        row: dict[str, Any] = {"load": name, "side": side}
+        for figures, wrong in parts:
+            row |= figures
+            problems += wrong
+        return {**row, "problems": [f"{server.name}: {p}" for p in problems]}
 
-        problems = []
-        for server, parts in zip(servers, side_by_side(drive, servers)):
-            side = server.spec.side
-            parts["answers"] = load.compare_answers(
-                parts["storm"], parts["quiet"], reference
-            )
-            reference = reference or parts["answers"]
-            for part, result in parts.items():
-                problems += [
-                    f"load, {name}, {side}, {part}: {problem}"
-                    for problem in result["problems"]
-                ]
-            problems += check_record(server)[1]
-            results[side] = {k: load.summary(v) for k, v in parts.items()}
-    return {"load": {name: results}, "problems": problems}
+    with ExitStack() as stack:
+        servers = [stack.enter_context(run.server(case, s, (gpu,))) for s in SIDES]
+        start_all(servers)
+        yield from side_by_side(drive, servers, SIDES)
+        if not kill:
+            return
+        fresh = stack.enter_context(run.server(case, "fresh", (gpu,)))
 
-
-def run_retractions(run: Run, name: str) -> dict[str, Any]:
-    args = (*backend(name), *load.RETRACTION_ARGS)
-    env = {**NATURAL, **load.RETRACTION_ENV}
-    case = Case("retractions", name, args, (), env=env)
-    with run.slots, run.server(case, True) as server:
-        start_all([server])
-        result = load.retractions(server, vocab=VOCAB)
-        problems = check_record(server)[1]
-    problems += [f"retractions, {name}: {problem}" for problem in result["problems"]]
-    return {"retractions": {name: load.summary(result)}, "problems": problems}
-
-
-def run_kill(run: Run) -> dict[str, Any]:
-    case = Case("kill", TRTLLM, backend(TRTLLM) + chunked(2048), (), env=NATURAL)
-    with run.server(case, True) as server, run.server(case, True) as fresh:
-        start_all([server])
-
-        def start() -> Server:
+        def start_fresh() -> Server:
             start_all([fresh])
             return fresh
 
-        result = load.kill_worker(server, load.workload(200, 3, VOCAB), start)
-    problems = [f"kill: {problem}" for problem in result["problems"]]
-    return {"kill": load.summary(result), "problems": problems}
+        requests = load.workload(200, 3, VOCAB)
+        figures, problems = load.kill_scheduler(servers[1], requests, start_fresh)
+        problems = [f"kill, {name}: {problem}" for problem in problems]
+        yield {"kill": name, **figures, "problems": problems}
 
 
-def run_profile(run: Run) -> Iterator[dict[str, Any]]:
+def run_small_pool(run: Run, name: str, gpu: int) -> Iterable[dict[str, Any]]:
+    """A storm whose requests outgrow the pool, so that SGLang must retract some."""
+    case = Case("small pool", name, **load.SMALL_POOL_CASE)
+    with run.server(case, "patched", (gpu,)) as server:
+        start_all([server])
+        requests = load.outgrowing(48, 1, VOCAB)
+        figures, problems, _ = load.storm(server, requests, concurrency=len(requests))
+        if not figures["retractions"]:
+            problems.append("no request was retracted")
+        problems += check_record(server, True)[1]
+        problems = [f"small pool, {name}: {problem}" for problem in problems]
+        yield {"small pool": name, **figures, "problems": problems}
+
+
+def run_profile(run: Run, gpu: int) -> Iterable[dict[str, Any]]:
     """Launches, preparation time, time to first token and throughput, by pair."""
-    sizes = (64, 1024) if run.quick else (64, 1024, 8192)
-    prefixes = () if run.quick else (8192,)
-    # Chunks as large as the prompts.
-    args = (*chunked(16384), "--max-prefill-tokens", "16384")
-    # Idle schedulers would take the CPU from the one that is timed.
-    args += ("--sleep-on-idle",)
-    env = {"STANDIN_COMPUTE": "none", "SGLANG_MAX_KV_CHUNK_CAPACITY": "2048"}
-    vocab = 512
+    cases = [
+        Case(model, name, model=model, **profiles.CASE)
+        for model, name in (profiles.QUICK_PAIRS if run.quick else profiles.PAIRS)
+    ]
     with ExitStack() as stack:
-        pairs = {}
-        for kind in ("deepseek_v3_wide", "deepseek_v3_tp8"):
-            for name in (TOKENSPEED, TRTLLM):
-                what = (kind, name, backend(name) + args, ("profile",))
-                case = Case(*what, model=kind, env=env)
-                pairs[kind, name] = [
-                    stack.enter_context(run.server(case, patched))
-                    for patched in (False, True)
-                ]
-        servers = [server for pair in pairs.values() for server in pair]
+        pairs = [
+            [stack.enter_context(run.server(case, side, (gpu,))) for side in SIDES]
+            for case in cases
+        ]
         stack.callback(kill_all)  # all at once; one by one they take seconds to end
-        start_all(servers)
-        for (kind, name), pair in pairs.items():
-            layers = [
-                profiles.profiles(server, vocab, sizes, prefixes) for server in pair
-            ]
-            repeats, storms = (5, 3) if run.quick else (40, 10)
-            timed = {str(size): (size, repeats) for size in sizes}
-            for prefix in prefixes:
-                timed[f"{sizes[-1]} behind {prefix}"] = (sizes[-1], repeats, prefix)
-            first = {
-                size: profiles.time_to_first_token(pair, vocab, *what)
-                for size, what in timed.items()
-            }
-            rate = profiles.throughput(pair, vocab, sizes[-1] // 4, 16, storms)
-            sides = ("unpatched", "patched")
-            result = {
-                "layers": dict(zip(sides, layers)),
-                "time_to_first_token": {
-                    size: dict(zip(sides, seconds)) for size, seconds in first.items()
-                },
-                "throughput": dict(zip(sides, rate)),
-                "model_layers": KINDS[kind]["num_hidden_layers"],
-                "throughput_prompt": sizes[-1] // 4,
-            }
-            problems = profiles.problems(f"{kind}, {name}", result["layers"])
-            yield {"profile": {kind: {name: result}}, "problems": problems}
-
-
-def failures(section: Mapping[str, Any]) -> list[str]:
-    """What is not ok. Single scenarios may be undecided, what they add up to may not."""
-    found = list(section["problems"])
-    found += compare.failures(section.get("comparisons", []), decided=True)
-    found += compare.failures(section.get("pooled", []))
-    return found + [f"{label}: not done" for label in section.get("waiting", [])]
-
-
-def machine(run: Run) -> dict[str, Any]:
-    return {
-        "gpu": torch.cuda.get_device_name(0),
-        "gpus": torch.cuda.device_count(),
-        "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton"),
-        "sglang": run.sglang,
-        "quick": run.quick,
-    }
-
-
-def merge(into: dict[str, Any], more: Mapping[str, Any]) -> None:
-    for key, value in more.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            merge(into[key], value)
-        elif isinstance(value, list) and isinstance(into.get(key), list):
-            into[key] += value
-        else:
-            into[key] = value
+        start_all([server for pair in pairs for server in pair])
+        for case, pair in zip(cases, pairs):
+            for row in profiles.measure(pair, case.model, run.quick):
+                yield {"model": case.model, "backend": case.backend, **row}
 
 
 class Results:
-    """Sections' results in a file that always holds what is done, and which of the
-    sections' jobs are not. Sections that do not run keep their last results."""
+    """Rows in a file that always holds what is done."""
 
-    def __init__(self, file: Path, jobs: Mapping[str, Sequence[str]], machine: dict):
+    def __init__(self, file: Path, sections: Sequence[str], machine: str):
         self.file = file
-        self.sections = json.loads(file.read_text()) if file.is_file() else {}
-        for section, labels in jobs.items():
-            self.sections[section] = {
-                "machine": machine,
-                "problems": [],
-                "comparisons": [],
-                "waiting": list(labels),
-            }
-        # What results hold that nobody reads in a file.
-        self.answers: dict[str, dict[str, Any]] = {section: {} for section in jobs}
+        old = json.loads(file.read_text()) if file.is_file() else []
+        self.rows = [row for row in old if row["section"] not in sections]
+        self.rows += [{"section": section, "machine": machine} for section in sections]
         self._lock = threading.Lock()
 
-    def add(self, section: str, result: Mapping[str, Any], done: str = "") -> None:
-        """Part of a section's results; `done` names a job that this is the last of."""
+    def add(self, section: str, row: dict[str, Any]) -> None:
         with self._lock:
-            result = dict(result)
-            merge(self.answers[section], result.pop("answers", {}))
-            merge(self.sections[section], result)
-            if done:
-                self.sections[section]["waiting"].remove(done)
+            self.rows.append({"section": section, **row})
+            lines = ",\n".join(json.dumps(row) for row in self.rows)
             part = self.file.with_suffix(".part")
-            part.write_text(json.dumps(self.sections, indent=1))
+            part.write_text(f"[\n{lines}\n]\n")
             part.replace(self.file)
 
     def run(self, section: str, label: str, job: Job) -> None:
-        """One job: a function of no arguments, or a generator of parts of its result."""
         started = time.monotonic()
-        failed: list[str] = []
+        failed = False
         try:
-            parts = job()
-            for part in parts if inspect.isgenerator(parts) else (parts,):
-                failed += failures(part)
-                self.add(section, part)
+            for row in job():
+                failed |= bool(row["problems"])
+                self.add(section, row)
         except Exception as e:
             traceback.print_exc()
-            failed.append(f"{label}: {type(e).__name__}: {e}")
-            self.add(section, {"problems": failed[-1:]})
-        self.add(section, {}, done=label)
+            failed = True
+            self.add(section, {"problems": [f"{label}: {type(e).__name__}: {e}"]})
         seconds = time.monotonic() - started
         print(f"{label}: {'NOT OK' if failed else 'ok'} ({seconds:.0f} s)", flush=True)
 
 
-def jobs_of(
-    run: Run, sections: Sequence[str], questions: Questions, references: References
-) -> tuple[list[tuple[str, str, Job]], list[tuple[str, str, Job]]]:
-    """(section, label, job) of what may run side by side, and of what watches the whole
-    GPU, or is timed, and has it for itself."""
+def run_sections(
+    run: Run, sections: Sequence[str], gpus: Sequence[int], results: Results
+) -> None:
+    def pair(case: Case, gpus: Sequence[int]) -> Job:
+        return lambda: [run_pair(run, case, gpus)]
+
     together: list[tuple[str, str, Job]] = []
-    taken = zip(one_gpu_cases(), itertools.cycle(run.gpus))
-    for section, cases in (
-        ("parallel", two_gpu_cases(run.gpus)),
-        ("compare", [replace(case, gpus=(gpu,)) for case, gpu in taken]),
-    ):
-        for case in cases:
-            job = functools.partial(run_case, run, case, questions, references)
-            together.append((section, f"{case.name}, {case.backend}", job))
-    for name in (TOKENSPEED, TRTLLM):
-        for what, job in (("load", run_load), ("retractions", run_retractions)):
-            job = functools.partial(job, run, name)
-            together.append(("load", f"{what}, {name}", job))
-    alone = [
-        (section, section, functools.partial(job, run))
-        for section, job in (("kill", run_kill), ("profile", run_profile))
+    for gpu, name in zip(itertools.cycle(gpus), (TRTLLM, TOKENSPEED)):
+        if name == TRTLLM or not run.quick:
+            job = functools.partial(run_load, run, name, gpu, kill=name == TRTLLM)
+            together.append(("load", f"load, {name}", job))
+            job = functools.partial(run_small_pool, run, name, gpu)
+            together.append(("load", f"small pool, {name}", job))
+    for gpu, case in zip(itertools.cycle(gpus), one_gpu_cases()):
+        if case.quick or not run.quick:
+            label = f"{case.name}, {case.backend}"
+            together.append(("compare", label, pair(case, (gpu,))))
+    parallel = [
+        ("parallel", f"{case.name}, {case.backend}", pair(case, gpus))
+        for case in two_gpu_cases()
     ]
-    chosen = [[job for job in jobs if job[0] in sections] for jobs in (together, alone)]
-    return chosen[0], chosen[1]
-
-
-def pool_all(references: References, answers: Mapping[str, Any]) -> dict[str, Any]:
-    """Of each model everything together and by scenario, which must be decided, so
-    that an error in one scenario is not lost among the others; and by case."""
-    pooled, cases = [], []
-    for model, runs in answers.items():
-        scenarios: dict[str, dict[str, Any]] = {}
-        pairs: dict[str, dict[str, Any]] = {}
-        for run, sides in runs.items():
-            pair, scenario = run.split(": ")
-            scenarios.setdefault(scenario, {})[run] = sides
-            pairs.setdefault(pair, {})[run] = sides
-        for pair, some in pairs.items():
-            cases.append(pool_answers(references, model, pair, some))
-        if len(pairs) > 1:
-            for scenario, some in scenarios.items():
-                title = f"all {scenario}"
-                pooled.append(pool_answers(references, model, title, some))
-            title = "everything above"
-            pooled.append(pool_answers(references, model, title, runs))
-        else:
-            pooled.append(cases.pop())
-    return {"comparisons": cases, "pooled": pooled, "problems": []}
-
-
-def run_all(run: Run, sections: Sequence[str], file: Path) -> dict[str, Any]:
-    """Results by section, also of those that ran before."""
-    questions = Questions.make(run.quick)
-    references = References(run.model, questions)
-    together, alone = jobs_of(run, sections, questions, references)
-    labels: dict[str, list[str]] = {section: [] for section in sections}
-    for section, label, _ in together + alone:
-        labels[section].append(label)
-    compared = [section for section in ("compare", "parallel") if section in sections]
-    for section in compared:
-        labels[section].append(POOLED)
-    results = Results(file, labels, machine(run))
-    if together:
-        with ThreadPoolExecutor(len(together) + 1) as pool:
-            # While the first servers come up.
-            cases = [job.args[1] for _, _, job in together if job.func is run_case]
-            pool.submit(references.prefetch, cases)
-            for job in together:
-                pool.submit(results.run, *job)
-        for section in compared:
-            answers = results.answers[section]
-            job = functools.partial(pool_all, references, answers)
-            results.run(section, POOLED, job)
-    for job in alone:
-        results.run(*job)
-    return results.sections
-
-
-def end(signum: int, frame: Any) -> None:
-    """Leave no server behind."""
-    kill_all()
-    os._exit(128 + signum)
+    profile = ("profile", "profile", functools.partial(run_profile, run, gpus[0]))
+    # Ranks of many servers on one GPU wait for each other's turns; what is timed has
+    # the machine for itself.
+    for jobs, at_once in ((together, SIDE_BY_SIDE // 2), (parallel, 3), ([profile], 1)):
+        chosen = [job for job in jobs if job[0] in sections]
+        with ThreadPoolExecutor(at_once) as pool:
+            done = [pool.submit(results.run, *job) for job in chosen]
+        for job in done:
+            job.result()
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sglang", default="0.5.12.post1")
-    parser.add_argument(
-        "--trees",
-        nargs=2,
-        type=Path,
-        metavar=("UNPATCHED", "PATCHED"),
-        help="folders that hold two SGLang packages, instead of --sglang",
-    )
     parser.add_argument("--out", type=Path, default=Path("e2e-results"))
     parser.add_argument("--gpus", default="0", help="0, or two such as 0,1")
     parser.add_argument("--only", choices=SECTIONS, nargs="+")
     parser.add_argument(
-        "--quick", action="store_true", help="fewer and shorter prompts"
+        "--quick", action="store_true", help="fewer servers and prompts"
     )
     parser.add_argument("--work", type=Path, help="keep models and logs here")
     args = parser.parse_args(arguments)
@@ -362,24 +207,22 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     sections = args.only or [s for s in SECTIONS if s != "parallel" or len(gpus) > 1]
     if "parallel" in sections and len(gpus) != 2:
         parser.error("the section parallel needs two GPUs, as in --gpus 0,1")
-    if args.trees:
-        trees = patched_sglang.Trees(*args.trees)
-    else:
-        trees = patched_sglang.lay_out(args.sglang)
-    sglang = open_target(str(trees.unpatched)).version
-    args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / "results.json"
     for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, end)
+        signal.signal(signum, leave_no_server)
     started = time.monotonic()
+    trees = patched_sglang.lay_out(args.sglang)
+    describe = "import machine; print(machine.describe())"
+    machine = patched_sglang.run_python(trees.unpatched, "-c", describe).strip()
+    args.out.mkdir(parents=True, exist_ok=True)
+    quick = "; `--quick`" if args.quick else ""
+    results = Results(args.out / "results.json", sections, machine + quick)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = (args.work or Path(scratch)).resolve()
-        run = Run(trees, sglang, folder, args.quick, gpus)
-        results = run_all(run, sections, file)
-    text = report.markdown(results)
+        run = Run(trees, (args.work or Path(scratch)).resolve(), args.quick)
+        run_sections(run, sections, gpus, results)
+    text = page.markdown(results.rows)
     (args.out / "README.md").write_text(text)
     print(text)
-    failed = [problem for name in sections for problem in failures(results[name])]
+    failed = page.problems(results.rows, sections)
     for problem in failed:
         print(f"NOT OK: {problem}")
     print(f"{'NOT OK' if failed else 'ok'}: {time.monotonic() - started:.0f} s")

@@ -3,7 +3,9 @@
 Launches come from SGLang's own profiler (`/start_profile`). The stand-ins run in
 profiler ranges of their own, so that what they launch is told from what SGLang
 launches. Times are of servers started with STANDIN_COMPUTE=none, whose attention
-kernels do nothing.
+kernels do nothing, asked in turn (ABBA), so that both see the same machine; SGLang's
+bench_serving has one server run after the other, and needs a tokenizer, which these
+checkpoints lack.
 """
 
 from __future__ import annotations
@@ -16,46 +18,55 @@ import statistics
 import time
 import zlib
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Iterable, Sequence
+from typing import Any
 
 import numpy as np
-from e2e.servers import Request, Server
 from mla_standin.kernels import CAUSAL, RANGE
+from resampling import ratio_of_medians
 
-# Kernels of a layer that the patch has no part in, by parts of their names.
-OTHER_WORK = {
-    # cuBLAS clears its workspace by memset; nothing else in a layer does.
-    "projections": ("gemm", "nvjet", "cutlass", "splitk", "xmma", "cublas", "memset"),
-    "norms": ("norm",),
-    "MLP activation": ("silu", "act_and_mul", "activation"),
-    "communication": ("nccl", "all_reduce", "allreduce"),
+from e2e.servers import Request, Server
+
+PAIRS = tuple(
+    (model, backend)
+    for model in ("deepseek_v3_wide", "deepseek_v3_tp8")
+    for backend in ("tokenspeed_mla", "trtllm_mla")
+)
+QUICK_PAIRS = (PAIRS[0], PAIRS[-1])  # each model and each backend once
+VOCAB = 512
+# Chunks as large as the prompts; idle schedulers would take the CPU from the one that
+# is timed.
+CASE = {
+    "chunk": 16384,
+    "more": ("--max-prefill-tokens", "16384", "--sleep-on-idle"),
+    "env": {"STANDIN_COMPUTE": "none", "SGLANG_MAX_KV_CHUNK_CAPACITY": "2048"},
 }
-PREPARATION = "preparation"
+
+# Kernels of a layer that the patch has no part in, by parts of their names. cuBLAS
+# clears its workspace by memset; nothing else in a layer does.
+OTHER_WORK = (
+    *("gemm", "nvjet", "cutlass", "splitk", "xmma", "cublas", "memset"),
+    *("norm", "silu", "act_and_mul", "activation"),
+    *("nccl", "all_reduce", "allreduce"),
+)
+OURS = "mla_prefill_quantize"
+
+Work = list[tuple[str, float]]  # names and microseconds
 
 
-def kind_of(kernel: str) -> str:
-    """Which part of a layer a kernel belongs to; what is no other work prepares q, k, v
-    and the cache row, packs prefix chunks or merges their results."""
-    name = kernel.lower()
-    for kind, parts in OTHER_WORK.items():
-        if any(part in name for part in parts):
-            return kind
-    return PREPARATION
+def prepares(kernel: str) -> bool:
+    """Whether it prepares q, k, v and the cache row, packs prefix chunks or merges their
+    results: all that is no projection, norm, activation or communication."""
+    return not any(part in kernel.lower() for part in OTHER_WORK)
 
 
-def _short(kernel: str) -> str:
-    name = kernel.replace("(anonymous namespace)::", "").removeprefix("void ")
-    name = name.split("(")[0]
-    return name if len(name) <= 100 else name[:97] + "..."
-
-
-def layers_of(events: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def layers_of(events: Iterable[dict[str, Any]]) -> list[Work]:
     """GPU work from one causal attention call to the next, without that of the
-    stand-ins: [{"name", "us"}, …] for each.
+    stand-ins.
 
     `events` are a trace's. What lies between the last call of one forward pass and the
-    first of the next is in the list too; see `per_layer`.
+    first of the next is in the list too; see `usual_layer`.
     """
     complete = [e for e in events if e.get("ph") == "X" and "cat" in e]
     # The profiler repeats ranges on the GPU's side; the host's are wanted.
@@ -67,12 +78,11 @@ def layers_of(events: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     ranges.sort(key=lambda e: e["ts"])
     if not ranges:
         return []
-    tid = ranges[0]["tid"]
     launched = {
         e["args"]["correlation"]: e["ts"]
         for e in complete
         if e["cat"] in ("cuda_runtime", "cuda_driver")
-        and e["tid"] == tid
+        and e["tid"] == ranges[0]["tid"]
         and "correlation" in e.get("args", {})
     }
     starts = [e["ts"] for e in ranges]
@@ -94,47 +104,37 @@ def layers_of(events: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     for one, other in zip(causal, causal[1:]):
         first = bisect.bisect_left(times, one["ts"] + one["dur"])
         last = bisect.bisect_left(times, other["ts"])
-        layers.append([dict(name=name, us=us) for _, name, us in work[first:last]])
+        layers.append([(name, us) for _, name, us in work[first:last]])
     return layers
 
 
-def per_layer(layers: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    """The usual layer: launches and GPU time of its parts, and its kernels.
+def usual_layer(layers: Sequence[Work]) -> dict[str, Any]:
+    """Launches and median GPU time of the usual layer and of its preparation.
 
     Between the last layer of a pass and the first of the next come sampling, scheduling
     and embedding; the layers inside passes, which are more, all launch the same kernels.
     """
-    if not layers:
-        raise ValueError("the trace holds no two causal attention calls in a row")
-    shapes = Counter(tuple(work["name"] for work in layer) for layer in layers)
-    shape, count = shapes.most_common(1)[0]
-    usual = [x for x in layers if tuple(work["name"] for work in x) == shape]
-    launches: Counter = Counter(kind_of(name) for name in shape)
-    microseconds = {
-        kind: statistics.median(
-            sum(work["us"] for work in layer if kind_of(work["name"]) == kind)
-            for layer in usual
-        )
-        for kind in launches
-    }
+    shapes = Counter(tuple(name for name, _ in layer) for layer in layers)
+    shape, _ = shapes.most_common(1)[0]
+    usual = [x for x in layers if tuple(name for name, _ in x) == shape]
+
+    def median(of: Callable[[str], bool]) -> float:
+        sums = (sum(us for name, us in layer if of(name)) for layer in usual)
+        return round(statistics.median(sums), 3)
+
     return {
-        "layers": count,
         "launches": len(shape),
-        "preparation_launches": launches[PREPARATION],
-        "preparation_us": microseconds.get(PREPARATION, 0.0),
-        "launches_by_part": dict(launches),
-        "us_by_part": microseconds,
-        "us": sum(microseconds.values()),
-        "preparation_kernels": dict(
-            Counter(_short(name) for name in shape if kind_of(name) == PREPARATION)
-        ),
+        "us": median(lambda name: True),
+        "preparation_launches": sum(map(prepares, shape)),
+        "preparation_us": median(prepares),
+        "ours": any(OURS in name for name in shape),
     }
 
 
 def profile(
-    server: Server, requests: Sequence[Request], seconds: float = 60
+    server: Server, requests: Sequence[Request], prefix: int, seconds: float = 60
 ) -> dict[str, Any]:
-    """Serve the requests, one after another, under SGLang's profiler."""
+    """The usual layer of the requests, served one after another."""
     folder = Path(server.folder, "profile")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -143,143 +143,141 @@ def profile(
     body |= {"with_stack": False, "record_shapes": False}
     server.post("/start_profile", body).raise_for_status()
     for request in requests:
-        answer = server.generate(request)
-        if answer.error:
-            raise RuntimeError(f"{server.spec.name}: {answer.error}")
+        _seconds(server, request, prefix)
     server.post("/stop_profile").raise_for_status()
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         for path in sorted(folder.rglob("*.gz")):
             try:
                 with gzip.open(path) as f:
-                    events = json.load(f)["traceEvents"]
+                    layers = layers_of(json.load(f)["traceEvents"])
             except (EOFError, OSError, ValueError, zlib.error):
                 continue  # still being written
-            layers = layers_of(events)
             if layers:
-                return per_layer(layers)
+                return usual_layer(layers)
         time.sleep(0.5)
-    raise TimeoutError(f"{server.spec.name}: no trace with attention in {folder}")
+    raise TimeoutError(f"{server.name}: no trace with attention in {folder}")
 
 
-def tokens(seed: int, n: int, vocab: int) -> list[int]:
-    return np.random.default_rng(seed).integers(0, vocab, n).tolist()
+def _prompt(seed: int, size: int, prefix: int) -> Request:
+    """`size` random tokens behind the same `prefix` ones."""
+    head = np.random.default_rng([0, 7]).integers(VOCAB, size=prefix)
+    tail = np.random.default_rng([1, seed]).integers(VOCAB, size=size)
+    return Request([*head.tolist(), *tail.tolist()])
 
 
-def profiles(
-    server: Server, vocab: int, sizes: Sequence[int], prefixes: Sequence[int]
-) -> dict[str, Any]:
-    """Per layer for prompts of `sizes` tokens, and for the last size behind each of
-    `prefixes` cached tokens; keys "8192" and "8192 behind 4096"."""
-    result = {}
-    for size in sizes:
-        server.flush_cache()
-        prompts = [Request(tokens(i, size, vocab), 1) for i in range(4)]
-        server.generate(prompts[0])
-        result[str(size)] = profile(server, prompts[1:])
-    for prefix in prefixes:
-        server.flush_cache()
-        head = tokens(7, prefix, vocab)
-        server.generate(Request(head, 1))
-        server.generate(Request(head + tokens(8, sizes[-1], vocab), 1))
-        requests = [
-            Request(head + tokens(9 + i, sizes[-1], vocab), 1) for i in range(3)
-        ]
-        result[f"{sizes[-1]} behind {prefix}"] = profile(server, requests)
-    return result
+def _seconds(server: Server, request: Request, prefix: int = 0) -> float:
+    answer = server.generate(request)
+    if answer.error is not None:
+        raise RuntimeError(f"{server.name}: {answer.error}")
+    if answer.cached_tokens < prefix:
+        cached = answer.cached_tokens
+        raise RuntimeError(f"{server.name}: {cached} cached tokens behind {prefix}")
+    return answer.seconds
 
 
-def _in_turn(i: int, servers: Sequence[Server]) -> list[tuple[int, Server]]:
-    """The servers by index, every other time backwards: ABBA."""
-    return list(enumerate(servers))[:: -1 if i % 2 else 1]
-
-
-def ratio_of_medians(
-    a: Sequence[float], b: Sequence[float], resamples: int = 10_000
-) -> tuple[float, float, float]:
-    """median(b) / median(a) and its 95% percentile bootstrap interval."""
-    rng = np.random.default_rng(0)
-    medians = [
-        np.median(rng.choice(np.asarray(x), (resamples, len(x))), axis=1)
-        for x in (a, b)
-    ]
-    low, high = np.quantile(medians[1] / medians[0], [0.025, 0.975])
-    return statistics.median(b) / statistics.median(a), float(low), float(high)
+def in_turn(
+    servers: Sequence[Server],
+    measure: Callable[[Server, int], float],
+    times: int,
+    warm: int,
+) -> list[list[float]]:
+    """Measurements of each server, alternating in ABBA order, after `warm` that do not
+    count."""
+    found: list[list[float]] = [[] for _ in servers]
+    for i in range(warm + times):
+        for j, server in list(enumerate(servers))[:: -1 if i % 2 else 1]:
+            value = measure(server, i)
+            if i >= warm:
+                found[j].append(value)
+    return found
 
 
 def time_to_first_token(
-    servers: Sequence[Server], vocab: int, size: int, repeats: int, prefix: int = 0
+    servers: Sequence[Server], size: int, prefix: int, times: int
 ) -> list[list[float]]:
-    """Seconds for one new token of a prompt of `size` tokens behind `prefix` cached
-    ones, alone, for each server in turn, so that all see the same machine."""
-    seconds: list[list[float]] = [[] for _ in servers]
-    head = tokens(7, prefix, vocab)
-    if prefix:
-        for server in servers:
-            server.generate(Request(head, 1))
-    for i in range(repeats + 2):
-        for j, server in _in_turn(i, servers):
-            if not prefix:
-                server.flush_cache()  # or a full pool makes room in what is timed
-            prompt = head + tokens(1000 + i, size, vocab)
-            answer = server.generate(Request(prompt, 1))
-            if answer.error:
-                raise RuntimeError(f"{server.spec.name}: {answer.error}")
-            if answer.cached_tokens != prefix:
-                raise RuntimeError(
-                    f"{server.spec.name}: {answer.cached_tokens} cached tokens of a "
-                    f"prompt behind {prefix}"
-                )
-            if i >= 2:
-                seconds[j].append(answer.seconds)
+    """Seconds that one prompt takes alone, behind a cached prefix or an empty cache."""
+
+    def measure(server: Server, i: int) -> float:
+        if not prefix:
+            server.flush_cache()  # or a full pool makes room in what is timed
+        return _seconds(server, _prompt(1000 + i, size, prefix), prefix)
+
     for server in servers:
         server.flush_cache()
-    return seconds
+        if prefix:
+            server.generate(_prompt(0, 1, prefix))
+    return in_turn(servers, measure, times, warm=2)
 
 
 def throughput(
-    servers: Sequence[Server], vocab: int, size: int, count: int, repeats: int
+    servers: Sequence[Server], size: int, count: int, times: int
 ) -> list[list[float]]:
-    """Prompt tokens a second of `count` requests of `size` tokens at once, for each
-    server in turn."""
-    rates: list[list[float]] = [[] for _ in servers]
-    for i in range(repeats + 1):
-        for j, server in _in_turn(i, servers):
-            server.flush_cache()
-            seeds = range(100 * i, 100 * i + count)
-            requests = [Request(tokens(seed, size, vocab), 1) for seed in seeds]
-            started = time.monotonic()
-            answers = server.generate_all(requests, concurrency=count)
-            seconds = time.monotonic() - started
-            errors = [answer.error for answer in answers if answer.error]
-            if errors:
-                raise RuntimeError(f"{server.spec.name}: {errors[0]}")
-            if i >= 1:
-                rates[j].append(size * count / seconds)
-    return rates
+    """Prompt tokens a second of `count` prompts at once."""
+
+    def measure(server: Server, i: int) -> float:
+        server.flush_cache()
+        requests = [_prompt(count * i + k, size, 0) for k in range(count)]
+        started = time.monotonic()
+        answers = server.generate_all(requests, concurrency=count)
+        seconds = time.monotonic() - started
+        errors = [answer.error for answer in answers if answer.error is not None]
+        if errors:
+            raise RuntimeError(f"{server.name}: {errors[0]}")
+        return size * count / seconds
+
+    return in_turn(servers, measure, times, warm=1)
 
 
-def problems(where: str, layers: dict[str, dict[str, Any]]) -> list[str]:
-    """Where a patched server does not launch less, or not the kernel of this project, or
-    takes longer to prepare.
+def ratio_row(
+    old: Sequence[float], new: Sequence[float], best: Callable
+) -> dict[str, Any]:
+    """Medians, their ratio with its interval, and the best of each side."""
+    sides = (old, new)
+    return {
+        "medians": [round(statistics.median(x), 7) for x in sides],
+        "ratio": [round(x, 5) for x in ratio_of_medians(new, old)],
+        "best": [round(best(x), 7) for x in sides],
+    }
 
-    `layers` is {"unpatched": …, "patched": …} of what `profiles` returned.
-    """
+
+def problems(
+    where: str, unpatched: dict[str, Any], patched: dict[str, Any]
+) -> list[str]:
+    """Where a patched server does not launch this project's kernel, or does not launch
+    less, or takes longer to prepare."""
     found = []
-    for size, patched in layers["patched"].items():
-        kernels = patched["preparation_kernels"]
-        if not any("mla_prefill_quantize" in name for name in kernels):
-            found.append(
-                f"{where}, {size} tokens: mla_prefill_quantize_fp8 was not launched"
-            )
-        unpatched = layers["unpatched"][size]
-        a, b = patched["launches"], unpatched["launches"]
-        if a >= b:
-            found.append(f"{where}, {size} tokens: {a} launches a layer, unpatched {b}")
-        a, b = patched["preparation_us"], unpatched["preparation_us"]
-        if a >= b:
-            found.append(
-                f"{where}, {size} tokens: the preparation takes {a:.1f} us a layer, "
-                f"unpatched {b:.1f}"
-            )
+    if not patched["ours"]:
+        found.append(f"{where}: {OURS}_fp8 was not launched")
+    for key in ("launches", "preparation_launches", "preparation_us"):
+        if patched[key] >= unpatched[key]:
+            found.append(f"{where}: {key} {patched[key]}, unpatched {unpatched[key]}")
     return found
+
+
+def measure(
+    pair: Sequence[Server], model: str, quick: bool
+) -> Iterator[dict[str, Any]]:
+    """Rows of results of an unpatched and a patched server."""
+    shapes = [(size, 0) for size in ((64, 2048) if quick else (64, 1024, 8192))]
+    shapes.append((shapes[-1][0], 8192))
+    times, storms = (6, 3) if quick else (40, 10)
+    for size, prefix in shapes:
+        layers = []
+        for server in pair:
+            server.flush_cache()
+            for seed in (0, 1):  # the second finds the prefix
+                _seconds(server, _prompt(seed, size, prefix))
+            requests = [_prompt(10 + i, size, prefix) for i in range(3)]
+            layers.append(profile(server, requests, prefix))
+        seconds = time_to_first_token(pair, size, prefix, times)
+        yield {
+            "tokens": size,
+            "prefix": prefix,
+            "layer": dict(zip(("unpatched", "patched"), layers)),
+            "first_token": ratio_row(*seconds, min),
+            "problems": problems(f"{model}, {size} tokens behind {prefix}", *layers),
+        }
+    size, count = shapes[-1][0] // 4, 16
+    rates = ratio_row(*throughput(pair, size, count, storms), max)
+    yield dict(tokens=size, prompts=count, throughput=rates, problems=[])

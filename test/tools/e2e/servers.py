@@ -1,4 +1,8 @@
-"""Starts, drives and ends real SGLang servers on the stand-ins of `mla_standin`."""
+"""Starts, asks and ends real SGLang servers on the stand-ins of `mla_standin`.
+
+SGLang's own `popen_launch_server` runs the program `sglang` of PATH and waits for it;
+these servers import one of two trees, run another main module and come up side by side.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,11 @@ import json
 import math
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Mapping, Optional, Sequence
@@ -37,130 +40,95 @@ COMMON = (
     *("--random-seed", "0"),
     *("--log-level", "info"),
 )
-
-
-@dataclass(frozen=True)
-class ServerSpec:
-    """One server: the SGLang it runs, its model, arguments and environment."""
-
-    name: str
-    patched: bool
-    site: Path
-    model: Path
-    args: tuple[str, ...] = ()
-    env: Mapping[str, str] = field(default_factory=dict)
-    gpus: tuple[int, ...] = (0,)
-
-    @property
-    def side(self) -> str:
-        return "patched" if self.patched else "unpatched"
+# What SGLang calls an abort that was asked for, of a request that ran or waited.
+ABORTED = ("Aborted", "Abort in waiting queue")
 
 
 @dataclass
 class Request:
-    """One greedy request. `logprob_start` None asks for no log-probabilities, 0 for
-    those of the whole prompt and of the output."""
+    """One greedy request. `logprob_start` None asks for no log-probabilities, n for
+    those of the output and of the prompt's tokens from n + 1 on."""
 
     input_ids: list[int]
-    max_new_tokens: int = 0
+    max_new_tokens: int = 1
     logprob_start: Optional[int] = None
     rid: Optional[str] = None
 
     def body(self) -> dict[str, Any]:
-        body = {
-            "input_ids": self.input_ids,
-            "sampling_params": {
-                "temperature": 0.0,
-                "max_new_tokens": max(self.max_new_tokens, 1),
-                "ignore_eos": True,
-            },
+        sampling = {
+            "temperature": 0.0,
+            "max_new_tokens": self.max_new_tokens,
+            "ignore_eos": True,
         }
+        body = {"input_ids": self.input_ids, "sampling_params": sampling}
         if self.logprob_start is not None:
-            body["return_logprob"] = True
-            body["logprob_start_len"] = self.logprob_start
-        if self.rid is not None:
-            body["rid"] = self.rid
-        return body
+            body |= {"return_logprob": True, "logprob_start_len": self.logprob_start}
+        return body if self.rid is None else {**body, "rid": self.rid}
 
 
 @dataclass
 class Answer:
-    """What a server said. Entry i of `input_logprobs` is
+    """Entry i of `input_logprobs` is
     log p(input_ids[logprob_start + 1 + i] | everything before it)."""
 
     output_ids: list[int] = field(default_factory=list)
     output_logprobs: list[float] = field(default_factory=list)
     input_logprobs: list[float] = field(default_factory=list)
     cached_tokens: int = 0
+    retractions: int = 0
     finish: str = ""
     seconds: float = 0.0
     error: Optional[str] = None
 
     @classmethod
-    def read(cls, request: Request, body: dict[str, Any], seconds: float) -> "Answer":
+    def read(cls, request: Request, body: Mapping[str, Any]) -> "Answer":
         meta = body["meta_info"]
         reason = meta.get("finish_reason") or {}
         answer = cls(
-            output_ids=list(body.get("output_ids") or [])[: request.max_new_tokens],
+            output_ids=list(body.get("output_ids") or []),
             cached_tokens=meta.get("cached_tokens", 0),
+            retractions=meta.get("num_retractions", 0),
             finish=reason.get("type", ""),
-            seconds=seconds,
         )
-        if reason.get("type") == "abort" and reason.get("message"):
-            answer.error = str(reason["message"])
-        if request.logprob_start is None:
-            return answer
-        outputs = meta.get("output_token_logprobs") or []
-        answer.output_logprobs = [x[0] for x in outputs[: request.max_new_tokens]]
-        if answer.error is None:
-            # The first has nothing before it in what was asked for. An aborted request
-            # may have some of the others only.
-            inputs = meta.get("input_token_logprobs") or []
-            answer.input_logprobs = [x[0] for x in inputs[1:]]
+        message = reason.get("message")
+        if answer.finish == "abort" and message not in (None, *ABORTED):
+            answer.error = str(message)
+        if request.rid is not None and meta.get("id") != request.rid:
+            answer.error = f"the answer is to {meta.get('id')!r}"
+        if request.logprob_start is not None:
+            outputs = meta.get("output_token_logprobs") or []
+            answer.output_logprobs = [x[0] for x in outputs]
+            if answer.finish != "abort":  # which may have some of the prompt's only
+                inputs = meta.get("input_token_logprobs") or []
+                answer.input_logprobs = [x[0] for x in inputs[1:]]
         return answer
 
 
-# What SGLang calls an abort that was asked for, of a request that ran or waited.
-ABORTED = ("Aborted", "Abort in waiting queue")
-
-
-def is_logprob(value: Optional[float]) -> bool:
-    # NaN and infinity arrive as null: JSON has neither.
-    return value is not None and math.isfinite(value) and value <= 1e-3
-
-
-def faults(
-    request: Request, answer: Optional[Mapping[str, Any]], may_abort: bool = False
-) -> list[str]:
-    """What is wrong with one answer, given by its fields. An aborted one may be short,
-    but not wrong."""
-    if answer is None:
-        return ["no answer"]
-    aborted = may_abort and answer["finish"] == "abort"
-    aborted = aborted and answer["error"] in (None, *ABORTED)
-    if answer["error"] is not None and not aborted:
-        return [f"error: {' '.join(answer['error'].split())[:300]}"]
+def faults(request: Request, answer: Answer, may_abort: bool = False) -> list[str]:
+    """What is wrong with an answer. An aborted one may be short, but not wrong."""
+    if answer.error is not None:
+        return [f"error: {' '.join(answer.error.split())[:300]}"]
     found = []
     for kind in ("output_logprobs", "input_logprobs"):
-        bad = [i for i, value in enumerate(answer[kind]) if not is_logprob(value)]
+        # NaN and infinity arrive as null: JSON has neither.
+        values = [math.nan if x is None else x for x in getattr(answer, kind)]
+        bad = [i for i, x in enumerate(values) if not -math.inf < x <= 1e-3]
         if bad:
             found.append(
-                f"{len(bad)} of {len(answer[kind])} {kind} are NaN, infinite or "
-                f"positive; the first, at {bad[0]}, is {answer[kind][bad[0]]}"
+                f"{len(bad)} of {len(values)} {kind} are NaN, infinite or positive, "
+                f"the first at {bad[0]}"
             )
-    if aborted:
+    if answer.finish == "abort" and may_abort:
         return found
-    if answer["finish"] != "length":
-        found.append(f"finished with {answer['finish']!r} where 'length' is right")
-    asked = request.max_new_tokens
-    lengths = {"output_ids": asked}
+    if answer.finish != "length":
+        found.append(f"finished by {answer.finish!r}, not by its length")
+    lengths = {"output_ids": request.max_new_tokens}
     if request.logprob_start is not None:
-        lengths["output_logprobs"] = asked
-        prompt = len(request.input_ids) - 1 - request.logprob_start
-        lengths["input_logprobs"] = max(0, prompt)
+        lengths["output_logprobs"] = request.max_new_tokens
+        lengths["input_logprobs"] = len(request.input_ids) - 1 - request.logprob_start
     for kind, length in lengths.items():
-        if len(answer[kind]) != length:
-            found.append(f"{len(answer[kind])} {kind} where {length} were asked for")
+        if len(getattr(answer, kind)) != length:
+            found.append(f"{len(getattr(answer, kind))} {kind}, not {length}")
     return found
 
 
@@ -168,10 +136,10 @@ _ports = itertools.count(20000 + 100 * random.randrange(100), 50)
 
 
 def free_port() -> int:
-    """A port nobody listens on, far from those that other servers here were given.
+    """A port nobody listens on, nor on the next, which is for NCCL.
 
-    The next one is free too, for NCCL. SGLang derives more from it: 10000 above, and
-    with data-parallel attention 233 to 245 above. None of them meets another server's.
+    SGLang derives more from it: 10000 above, and with data-parallel attention 233 to
+    245 above. None of them meets another server's.
     """
     for port in _ports:
         with socket.socket() as first, socket.socket() as second:
@@ -195,6 +163,17 @@ def start_all(servers: Sequence["Server"]) -> None:
         server.wait()
 
 
+def kill_all() -> None:
+    """SIGKILL to every process of every server here."""
+    _kill([process for server in list(_running) for process in server.processes()])
+
+
+def leave_no_server(signum: int, frame: Any) -> None:
+    """Handles a signal that ends the suite."""
+    kill_all()
+    os._exit(128 + signum)
+
+
 def _kill(processes: Sequence[psutil.Process]) -> None:
     for process in processes:
         try:
@@ -204,22 +183,26 @@ def _kill(processes: Sequence[psutil.Process]) -> None:
     psutil.wait_procs(processes, timeout=30)
 
 
-def kill_all() -> None:
-    """SIGKILL to every process of every server here."""
-    _kill([process for server in list(_running) for process in server.processes()])
-
-
 class Server:
-    """A server process. `folder` takes its log and the stand-ins' records."""
+    """One server process. `site` is the folder of the SGLang that it imports; `folder`,
+    which names it, takes its log and the stand-ins' records."""
 
-    def __init__(self, spec: ServerSpec, folder: Path):
-        self.spec = spec
-        slug = "".join(c if c.isalnum() else "-" for c in f"{spec.name}-{spec.side}")
-        self.folder = Path(folder, slug)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.log = self.folder / "log"
+    def __init__(
+        self,
+        folder: Path,
+        site: Path,
+        model: Path,
+        args: Sequence[str] = (),
+        env: Mapping[str, str] = {},
+        gpus: Sequence[int] = (0,),
+    ):
+        self.name = folder.name
+        self.folder, self.site, self.model = folder, site, model
+        self.args, self.env, self.gpus = args, env, gpus
+        self.log = folder / "log"
         self.process: Optional[subprocess.Popen] = None
         self.url = ""
+        folder.mkdir(parents=True, exist_ok=True)
         self._session = requests.Session()
         adapter = requests.adapters.HTTPAdapter(pool_maxsize=512)
         self._session.mount("http://", adapter)
@@ -231,114 +214,97 @@ class Server:
         self.stop()
 
     def start(self) -> None:
-        """Start the process; several may come up side by side."""
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        for path in self.folder.glob("record-*.json"):
-            path.unlink()
-        paths = [str(self.spec.site), str(TEST), os.environ.get("PYTHONPATH", "")]
+        paths = [str(self.site), str(TEST), os.environ.get("PYTHONPATH", "")]
         command = [
-            sys.executable,
-            *("-m", "mla_standin.launch_server"),
-            *("--model-path", str(self.spec.model)),
+            *(sys.executable, "-m", "mla_standin.launch_server"),
+            *("--model-path", str(self.model)),
             *("--host", "127.0.0.1", "--port", str(port)),
             # SGLang's own choice may be taken by the time it listens.
             *("--nccl-port", str(port + 1)),
             *COMMON,
-            *self.spec.args,
+            *self.args,
         ]
         env = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            "CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in self.spec.gpus),
+            "CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus)),
             "STANDIN_RECORD": str(self.folder),
             # The session keeps connections: none may close as a request comes in.
             "SGLANG_TIMEOUT_KEEP_ALIVE": "3600",
-            **self.spec.env,
+            **self.env,
         }
         with open(self.log, "a") as log:
-            log.write(f"{' '.join(command)}\n{dict(self.spec.env)}\n")
+            log.write(f"{' '.join(command)}\n{dict(self.env)}\n")
             log.flush()
             self.process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=env,
-                cwd=self.folder,
-                start_new_session=True,
+                command, stdout=log, stderr=log, env=env, cwd=self.folder
             )
         _running.add(self)
 
-    def _tail(self, characters: int = 3000) -> str:
-        return self.log.read_text(errors="replace")[-characters:]
-
     def wait(self, seconds: float = 420) -> None:
-        """Until the server answers; raises with the end of its log if it ended."""
+        """Until the server answers; raises with the end of its log if it does not."""
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                raise RuntimeError(f"{self.spec.name} ended:\n{self._tail()}")
+        while self.alive() and time.monotonic() < deadline:
             try:
                 if self.get("/health_generate", timeout=20).status_code == 200:
                     return
             except requests.RequestException:
                 pass
             time.sleep(0.3)
-        raise TimeoutError(f"{self.spec.name}: not up in {seconds} s:\n{self._tail()}")
+        what = f"not up in {seconds} s" if self.alive() else "ended"
+        raise RuntimeError(f"{self.name} {what}:\n{self.log_since(0)[-3000:]}")
 
     def get(self, path: str, timeout: float = 60) -> requests.Response:
         return self._session.get(self.url + path, timeout=timeout)
 
-    def post(self, path: str, json: Any = None, timeout: float = 600):
+    def post(self, path: str, json: Any = None, timeout: float = 300):
         return self._session.post(self.url + path, json=json, timeout=timeout)
 
-    def generate(self, request: Request) -> Answer:
+    def generate(self, request: Request, timeout: float = 300) -> Answer:
+        """Never raises: what went wrong is the answer's `error`."""
         started = time.monotonic()
         try:
-            response = self.post("/generate", request.body())
-            seconds = time.monotonic() - started
-            if response.status_code != 200:
-                error = f"{response.status_code}: {response.text[:500]}"
-                return Answer(seconds=seconds, error=error)
-            return Answer.read(request, response.json(), seconds)
+            response = self.post("/generate", request.body(), timeout)
+            if response.status_code == 200:
+                answer = Answer.read(request, response.json())
+            else:
+                answer = Answer(error=f"{response.status_code}: {response.text[:500]}")
         except (requests.RequestException, ValueError) as e:
-            error = f"{type(e).__name__}: {e}"
-            return Answer(seconds=time.monotonic() - started, error=error)
-
-    def submit(
-        self, requests: Sequence[Request], concurrency: int = 64
-    ) -> list["Future[Answer]"]:
-        pool = ThreadPoolExecutor(concurrency)
-        try:
-            return [pool.submit(self.generate, request) for request in requests]
-        finally:
-            pool.shutdown(wait=False)
+            answer = Answer(error=f"{type(e).__name__}: {e}")
+        answer.seconds = time.monotonic() - started
+        return answer
 
     def generate_all(
         self, requests: Sequence[Request], concurrency: int = 64
     ) -> list[Answer]:
-        return [future.result() for future in self.submit(requests, concurrency)]
+        with ThreadPoolExecutor(concurrency) as pool:
+            return list(pool.map(self.generate, requests))
 
     def flush_cache(self) -> None:
-        response = self.post("/flush_cache?timeout=30")
-        if response.status_code != 200:
-            raise RuntimeError(f"{self.spec.name}: {response.text}")
+        """Once the server is idle."""
+        self.post("/flush_cache?timeout=30").raise_for_status()
 
-    def abort(self, rid: Optional[str] = None) -> None:
-        """Abort one request, or all."""
-        self.post("/abort_request", {"rid": rid or "", "abort_all": rid is None})
+    def abort(self, rid: str) -> None:
+        self.post("/abort_request", {"rid": rid, "abort_all": False})
 
-    def pool_tokens(self) -> dict[str, int]:
-        """Tokens of the KV pool: "total" and "used" (cached prefixes aside), over all
-        data-parallel ranks."""
+    def pool(self) -> dict[str, int]:
+        """Tokens of the KV pool, "total" and "used" (cached prefixes aside), and
+        "requests" that run or wait."""
         loads = self.get("/v1/loads?include=core").json()["loads"]
-        return {
-            "total": sum(load["max_total_num_tokens"] for load in loads),
-            "used": sum(load["num_used_tokens"] for load in loads),
-            "requests": sum(
-                load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads
-            ),
+        counts = {
+            "total": ("max_total_num_tokens",),
+            "used": ("num_used_tokens",),
+            "requests": ("num_running_reqs", "num_waiting_reqs"),
         }
+        return {
+            name: sum(load[key] for load in loads for key in keys)
+            for name, keys in counts.items()
+        }
+
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
 
     def processes(self) -> list[psutil.Process]:
         try:
@@ -347,68 +313,39 @@ class Server:
         except psutil.NoSuchProcess:
             return []
 
-    def worker_pids(self) -> list[int]:
-        """The schedulers, which hold the model."""
-        pids = []
-        for process in self.processes():
-            try:
-                if "scheduler" in " ".join(process.cmdline()):
-                    pids.append(process.pid)
-            except psutil.NoSuchProcess:
-                continue
-        return pids
+    def schedulers(self) -> list[psutil.Process]:
+        """The processes that hold the model."""
+        return [p for p in self.processes() if "scheduler" in " ".join(p.cmdline())]
 
     def gpu_memory(self) -> int:
         """Bytes of GPU memory that this server's processes hold."""
-        query = [
-            "--query-compute-apps=pid,used_memory",
-            "--format=csv,noheader,nounits",
-        ]
-        lines = subprocess.check_output(["nvidia-smi", *query], text=True).splitlines()
+        query = "--query-compute-apps=pid,used_memory"
+        command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+        lines = subprocess.check_output(command, text=True).splitlines()
         mine = {process.pid for process in self.processes()}
-        used = dict(line.split(", ") for line in lines if ", " in line)
-        return sum(int(mib) << 20 for pid, mib in used.items() if int(pid) in mine)
+        used = [line.split(", ") for line in lines if ", " in line]
+        return sum(int(mib) << 20 for pid, mib in used if int(pid) in mine)
+
+    def log_since(self, start: int) -> str:
+        with open(self.log, "rb") as log:
+            log.seek(start)
+            return log.read().decode(errors="replace")
 
     def record(self) -> dict[str, Any]:
-        """The stand-ins' records of all processes, added up."""
+        """The stand-ins' records of all processes: lists joined, NaN added up."""
         if self.alive():
             # What the last half second left unwritten goes with another call, to each
             # of two data-parallel ranks in turn.
             time.sleep(1.2 * RECORD_EVERY)
             for _ in range(2):
                 self.get("/health_generate")
-        merged: dict[str, Any] = {
-            "calls": {},
-            "nan": {},
-            "compiled": [],
-            "late_compiles": [],
-        }
+        merged: dict[str, Any] = {"calls": [], "nan": 0, "late_compiles": []}
         for path in sorted(self.folder.glob("record-*.json")):
             content = json.loads(path.read_text())
-            for call in content["calls"]:
-                count, tokens = call.pop("count"), call.pop("tokens")
-                known = merged["calls"].setdefault(tuple(call.items()), [0, 0])
-                known[0] += count
-                known[1] += tokens
-            for kind, n in content["nan"].items():
-                merged["nan"][kind] = merged["nan"].get(kind, 0) + n
-            merged["compiled"] += content["compiled"]
+            merged["calls"] += content["calls"]
+            merged["nan"] += sum(content["nan"].values())
             merged["late_compiles"] += content["late_compiles"]
-        merged["calls"] = [
-            {**dict(call), "count": count, "tokens": tokens}
-            for call, (count, tokens) in merged["calls"].items()
-        ]
         return merged
-
-    def alive(self) -> bool:
-        return self.process is not None and self.process.poll() is None
-
-    def kill(self, pid: Optional[int] = None) -> None:
-        """SIGKILL one process of the server, or all."""
-        if pid is not None:
-            os.kill(pid, signal.SIGKILL)
-            return
-        _kill(self.processes())
 
     def stop(self) -> None:
         if self.process is None:

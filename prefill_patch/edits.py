@@ -158,7 +158,7 @@ class Unimport(Edit):
         for stmt in self._imports(source):
             if self.name in _names(stmt):
                 continue
-            gap = _gap(source, stmt.names[0])
+            gap = _gap(source, stmt.names[-1])
             for alias in stmt.names:
                 if _isort_key(alias.name) > _isort_key(self.name):
                     at = source.start(alias)

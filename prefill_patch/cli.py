@@ -100,11 +100,10 @@ def run_apply(args: argparse.Namespace, patch: Patch, target: Target) -> int:
 def run_revert(args: argparse.Namespace, patch: Patch, target: Target) -> int:
     with install.locked(target):
         found = inspect(patch, target)
-        ours = [
-            file.problem for file in found.files if file.problem and not file.foreign
-        ]
-        none = all(file.state is not State.APPLIED for file in found.files)
-        for problem in ours or (found.problems if none else ()):
+        # What has nothing of the patch needs nothing taken back.
+        applied = any(file.state is State.APPLIED for file in found.files)
+        ours = [file.problem for file in found.files if not file.foreign]
+        for problem in filter(None, ours if applied else found.problems):
             raise problem
         files = install.revert(found)
     done = (

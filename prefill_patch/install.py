@@ -123,7 +123,6 @@ def _write(
     # An interruption waits: writing is short, and half of it is of no use.
     handled = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
-        _clean(found)
         for step in steps:
             step.prepare()
         for step in steps:

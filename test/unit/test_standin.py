@@ -69,50 +69,30 @@ def naive_ragged(q, k, v, causal, **lens):
     return tuple(torch.cat(x) for x in zip(*parts))
 
 
-def tokenspeed(q, k, v, cu_q, cu_kv, *, causal=True, batch_size=3, max_q=4, max_kv=6):
-    return kernels.tokenspeed_mla_prefill(
+def prefill(name, *, q, k, v, cu_q, cu_kv, max_q=4, max_kv=6, causal=True, **more):
+    arguments = dict(
         query=q,
         key=k,
         value=v,
         seq_lens=cu_kv.diff(),
-        cum_seq_lens=cu_kv,
-        max_seq_len=max_kv,
-        batch_size=batch_size,
-        softmax_scale=0.1,
+        cum_seq_lens_q=cu_q,
+        batch_size=3,
         is_causal=causal,
         return_lse=True,
-        cum_seq_lens_q=cu_q,
-        max_seq_len_q=max_q,
         enable_pdl=False,
     )
+    if name == "tokenspeed":
+        lens = dict(cum_seq_lens=cu_kv, max_seq_len=max_kv, max_seq_len_q=max_q)
+        arguments |= dict(**lens, softmax_scale=0.1)
+        return kernels.tokenspeed_mla_prefill(**{**arguments, **more})
+    lens = dict(cum_seq_lens_kv=cu_kv, max_kv_len=max_kv, max_q_len=max_q)
+    arguments |= dict(**lens, bmm1_scale=0.1, bmm2_scale=3.0, o_sf_scale=1.0)
+    arguments |= dict(workspace_buffer=None, window_left=-1)
+    return kernels.trtllm_ragged_attention_deepseek(**{**arguments, **more})
 
 
-def trtllm(
-    q, k, v, cu_q, cu_kv, *, causal=True, batch_size=3, max_q=4, max_kv=6, out=None
-):
-    return kernels.trtllm_ragged_attention_deepseek(
-        query=q,
-        key=k,
-        value=v,
-        workspace_buffer=None,
-        seq_lens=cu_kv.diff(),
-        max_q_len=max_q,
-        max_kv_len=max_kv,
-        bmm1_scale=0.1,
-        bmm2_scale=3.0,
-        o_sf_scale=1.0,
-        batch_size=batch_size,
-        window_left=-1,
-        cum_seq_lens_q=cu_q,
-        cum_seq_lens_kv=cu_kv,
-        enable_pdl=False,
-        is_causal=causal,
-        return_lse=True,
-        out=out,
-    )
-
-
-BOTH = pytest.mark.parametrize("prefill", [tokenspeed, trtllm])
+NAMES = ("tokenspeed", "trtllm")
+BOTH = pytest.mark.parametrize("name", NAMES)
 CAUSAL = pytest.mark.parametrize("causal", [False, True])
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 CLOSE_BF16 = dict(rtol=8e-3, atol=1e-5)
@@ -121,7 +101,7 @@ CLOSE_BF16 = dict(rtol=8e-3, atol=1e-5)
 @CAUSAL
 def test_tokenspeed_is_attention_with_zeros_in_rows_without_keys(causal):
     operands = ragged()
-    out, lse = tokenspeed(**operands, causal=causal)
+    out, lse = prefill("tokenspeed", **operands, causal=causal)
     wanted, wanted_lse = naive_ragged(**operands, causal=causal)
     assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
     torch.testing.assert_close(out[:8].cpu(), wanted.bfloat16(), **CLOSE_BF16)
@@ -137,7 +117,7 @@ def test_trtllm_is_scaled_attention_with_nan_in_rows_without_keys(
     settings.natural_lse = natural
     operands = ragged()
     given = torch.full((10, HEADS, V), 7.0, device=DEVICE)
-    out, lse = trtllm(**operands, causal=causal, out=given)
+    out, lse = prefill("trtllm", **operands, causal=causal, out=given)
     wanted, wanted_lse = naive_ragged(**operands, causal=causal)
     wanted_lse = wanted_lse if natural else wanted_lse / math.log(2)
     assert out is given
@@ -162,12 +142,12 @@ def test_long_rows_come_in_blocks_and_float64_is_exact(monkeypatch):
 
 
 @BOTH
-def test_a_request_does_not_depend_on_its_batch(prefill):
+def test_a_request_does_not_depend_on_its_batch(name):
     batch = ragged()
-    out, lse = prefill(**batch)
+    out, lse = prefill(name, **batch)
     last = {name: batch[name][i:] for name, i in dict(k=5, v=5).items()}
     last |= dict(q=batch["q"][4:8], cu_q=int32([0, 4]), cu_kv=int32([0, 6]))
-    alone, lse_alone = prefill(**last, batch_size=1)
+    alone, lse_alone = prefill(name, **last, batch_size=1)
     assert alone.equal(out[4:8]) and lse_alone.equal(lse[4:8])
 
 
@@ -185,7 +165,9 @@ WRONG = {
     "value with last stride 2": lambda q, k, v: dict(v=v.repeat(1, 1, 2)[..., ::2]),
     "shapes": lambda q, k, v: dict(k=k[:9]),
     "batch of 2": lambda q, k, v: dict(batch_size=2),
-    r"\[0, 6, 5, 11\] for a batch of 3": lambda q, k, v: dict(cu_kv=int32([0, 6, 5, 11])),
+    r"\[0, 6, 5, 11\] for a batch of 3": lambda q, k, v: dict(
+        cu_kv=int32([0, 6, 5, 11])
+    ),
     "cum_seq_lens_kv that ends at 11": lambda q, k, v: dict(k=k[:9], v=v[:9]),
     "cum_seq_lens_q that ends at 8": lambda q, k, v: dict(q=q[:7]),
     "longest request of 3": lambda q, k, v: dict(max_q=3),
@@ -196,43 +178,45 @@ WRONG = {
 
 @BOTH
 @pytest.mark.parametrize("message", WRONG)
-def test_a_prefill_refuses(prefill, message):
+def test_a_prefill_refuses(name, message):
     batch = ragged()
     change = WRONG[message](batch["q"], batch["k"], batch["v"])
     with pytest.raises(ValueError, match=message):
-        prefill(**{**batch, **change})
+        prefill(name, **{**batch, **change})
 
 
 @BOTH
 def test_a_prefill_takes_aligned_slices_and_any_head_dimension_on_demand(
-    prefill, settings
+    name, settings
 ):
     batch = ragged()
-    prefill(**{**batch, "q": slice_of(QK + 16)})
+    prefill(name, **{**batch, "q": slice_of(QK + 16)})
     settings.any_head_dim = True
-    prefill(**{**batch, "v": batch["v"][..., :64].contiguous()})
+    prefill(name, **{**batch, "v": batch["v"][..., :64].contiguous()})
 
 
 def test_head_dimensions_of_128_are_trtllms_alone():
     batch = {k: x[..., :128] if k in "qkv" else x for k, x in ragged().items()}
-    trtllm(**batch)
+    prefill("trtllm", **batch)
     with pytest.raises(ValueError, match="head dimensions"):
-        tokenspeed(**batch)
+        prefill("tokenspeed", **batch)
 
 
 def test_trtllm_refuses_an_fp8_output():
     with pytest.raises(ValueError, match="out of torch.float8"):
-        trtllm(**ragged(), out=torch.empty(10, HEADS, V, device=DEVICE).to(E4M3))
+        prefill(
+            "trtllm", **ragged(), out=torch.empty(10, HEADS, V, device=DEVICE).to(E4M3)
+        )
 
 
 @BOTH
-def test_the_record_says_what_was_handed_and_counts_nan_of_real_rows(prefill):
+def test_the_record_says_what_was_handed_and_counts_nan_of_real_rows(name):
     batch = ragged()
     batch["q"][8:] = math.nan  # padding
-    prefill(**batch)
-    prefill(**batch)
+    prefill(name, **batch)
+    prefill(name, **batch)
     batch["k"][10, 0, 0] = math.nan
-    prefill(**{**batch, "q": slice_of(QK + 16)}, causal=False)
+    prefill(name, **{**batch, "q": slice_of(QK + 16)}, causal=False)
     record = recorded()
     first, second = record["calls"]
     assert (first["count"], first["tokens"], first["causal"]) == (2, 16, True)
@@ -246,12 +230,12 @@ def test_the_record_says_what_was_handed_and_counts_nan_of_real_rows(prefill):
 
 def test_kernels_that_a_request_had_to_compile_are_recorded():
     config = (E4M3, QK, V, True, True, False, False)
-    prefill = install.tokenspeed_module().mla_prefill
-    prefill._compiled_kernels[config] = prefill._compile_prefill_kernel(*config)
-    tokenspeed(**ragged())
+    module = install.tokenspeed_module().mla_prefill
+    module._compiled_kernels[config] = module._compile_prefill_kernel(*config)
+    prefill("tokenspeed", **ragged())
     assert not kernels.RECORD.late_compiles
-    tokenspeed(**ragged(), causal=False)
-    tokenspeed(**ragged(), causal=False)
+    prefill("tokenspeed", **ragged(), causal=False)
+    prefill("tokenspeed", **ragged(), causal=False)
     assert [c[3] for c in kernels.RECORD.late_compiles] == [False]
 
 
@@ -260,17 +244,22 @@ def test_the_listener_hears_before_the_checks(settings):
     settings.listener = heard.append
     batch = ragged()
     with pytest.raises(ValueError):
-        tokenspeed(**{**batch, "v": batch["v"].bfloat16()})
+        prefill("tokenspeed", **{**batch, "v": batch["v"].bfloat16()})
     assert heard[0]["v"].dtype == torch.bfloat16 and heard[0]["cu_q"] == [0, 3, 4, 8]
 
 
 @BOTH
-def test_without_computing_nothing_is_written(prefill, settings):
+def test_without_computing_nothing_is_written(name, settings):
     settings.compute = False
-    out, lse = prefill(**ragged())
+    out, lse = prefill(name, **ragged())
     assert out.shape == (10, HEADS, V) and lse.shape == (10, HEADS)
+    assert not kernels.RECORD.calls
+
+
+def test_without_computing_the_callers_output_stays(settings):
+    settings.compute = False
     given = torch.full((10, HEADS, V), 7.0, device=DEVICE)
-    assert prefill is tokenspeed or trtllm(**ragged(), out=given)[0].eq(7).all()
+    assert prefill("trtllm", **ragged(), out=given)[0].eq(7).all()
 
 
 LORA, ROPE, PAGE = 512, 64, 32
@@ -300,10 +289,7 @@ def decode(name, inputs, **changes):
     return kernels.trtllm_batch_decode_with_kv_cache_mla(**{**arguments, **changes})
 
 
-DECODES = pytest.mark.parametrize("name", ["tokenspeed", "trtllm"])
-
-
-@DECODES
+@BOTH
 @pytest.mark.parametrize("queries", [1, 2])
 def test_decode_is_attention_over_the_pages_of_a_request(name, queries):
     inputs = decode_inputs(queries)
@@ -324,7 +310,7 @@ def test_decode_is_attention_over_the_pages_of_a_request(name, queries):
     assert record["nan"] == {"q": 0, "out": 0}
 
 
-@DECODES
+@BOTH
 def test_decode_counts_nan(name):
     inputs = decode_inputs()
     inputs["kv_cache"][8, 0, 5, 7] = math.nan
@@ -346,27 +332,25 @@ WRONG_DECODES = {
     "pages of 128": lambda x: dict(kv_cache=x["kv_cache"].repeat(1, 1, 4, 1)),
     "strides": lambda x: dict(kv_cache=x["kv_cache"].repeat(1, 2, 1, 1)[:, :1]),
 }
+WRONG_DECODES_OF_ONE = {
+    ("tokenspeed", "a workspace of"): lambda x: dict(workspace_buffer=int32([0])),
+    ("trtllm", "a multiple of 128"): lambda x: dict(
+        block_tables=x["block_tables"][:, :3]
+    ),
+}
 
 
-@DECODES
-@pytest.mark.parametrize("message", WRONG_DECODES)
-def test_a_decode_refuses(name, message):
+@pytest.mark.parametrize(
+    "name, message, change",
+    [
+        *((name, *wrong) for name in NAMES for wrong in WRONG_DECODES.items()),
+        *((*key, change) for key, change in WRONG_DECODES_OF_ONE.items()),
+    ],
+)
+def test_a_decode_refuses(name, message, change):
     inputs = decode_inputs()
     with pytest.raises(ValueError, match=message):
-        decode(name, inputs, **WRONG_DECODES[message](inputs))
-
-
-def test_page_tables_of_a_multiple_of_128_tokens_are_trtllms_alone():
-    inputs = decode_inputs()
-    inputs["block_tables"] = inputs["block_tables"][:, :3].contiguous()
-    decode("tokenspeed", inputs)
-    with pytest.raises(ValueError, match="multiple of 128"):
-        decode("trtllm", inputs)
-
-
-def test_tokenspeed_wants_a_workspace_of_bytes():
-    with pytest.raises(ValueError, match="a workspace of torch.int32"):
-        decode("tokenspeed", decode_inputs(), workspace_buffer=int32([0]))
+        decode(name, inputs, **change(inputs))
 
 
 @pytest.mark.parametrize(

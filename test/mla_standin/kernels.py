@@ -272,12 +272,12 @@ def _prefill(
     _check_lens("cum_seq_lens_q", cu_q, len(q), batch_size, max_q)
     _check_lens("cum_seq_lens_kv", cu_kv, len(k), batch_size, max_kv)
     RECORD.count_nan(q=q[:n], k=k[:n_kv], v=v[:n_kv])
-    out, lse = ragged_attention(
+    result, lse = ragged_attention(
         q, k, v, cu_q, cu_kv, bmm1_scale, causal, SETTINGS.dtype
     )
-    out *= bmm2_scale
-    RECORD.count_nan(out=out)
-    return out, lse
+    result *= bmm2_scale
+    RECORD.count_nan(out=result)
+    return result, lse
 
 
 # The tokenspeed kernels that are built, by what they are specialized for.

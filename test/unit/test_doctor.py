@@ -230,7 +230,8 @@ class TestVerdict:
 
     @pytest.fixture(autouse=True)
     def host(self, packages, patched, monkeypatch):
-        monkeypatch.delenv(doctor.SWITCH, raising=False)
+        for name in (doctor.SWITCH, "PYTHONDONTWRITEBYTECODE"):
+            monkeypatch.delenv(name, raising=False)
         self.found = Inspection(open_target(patched), State.APPLIED, ())
         monkeypatch.setattr(doctor, "inspect", lambda patch, target: self.found)
         # Under the options of the real one; nothing may be written into the target.
@@ -266,8 +267,9 @@ class TestVerdict:
         assert f"\nverdict: {verdict}" in capfd.readouterr().out
 
     @pytest.mark.parametrize("wrong", ["state", "import", "release", "switch"])
-    def test_one_thing_wrong(self, wrong, unpatched_sglang, monkeypatch):
+    def test_one_thing_wrong(self, wrong, unpatched_sglang, monkeypatch, capfd):
         target = self.found.target
+        self.code = "raise SystemExit(3)"  # what is not checked does not hide it
         if wrong == "state":
             self.found = replace(self.found, state=State.ORIGINAL)
         elif wrong == "import":
@@ -277,6 +279,7 @@ class TestVerdict:
         else:
             monkeypatch.setenv(doctor.SWITCH, "off")
         assert self.run() == 1
+        assert "\nverdict: not ready" in capfd.readouterr().out
         # The kernels are of the SGLang that is imported, where that is the patched one.
         assert self.patched == (wrong in ("release", "switch"))
 
@@ -301,6 +304,7 @@ class TestGpus:
     @pytest.mark.parametrize("gpus", [[], [Gpu("A100", 80)]])
     def test_no_kernels_without_fp8_conversion(self, gpus, monkeypatch):
         monkeypatch.setattr(selftest, "visible_gpus", lambda: (gpus, "none"))
+        monkeypatch.setattr(selftest, "check_kernels", None)
         *_, kernels = selftest.run(doctor.BACKENDS, True)
         assert kernels.mark == UNKNOWN and "not run" in kernels.text
 
@@ -391,11 +395,15 @@ class TestKernels:
         assert check.mark == FAIL and check.text.startswith("KV cache: 1 of")
 
     def test_unwritten_output(self, reference, monkeypatch):
+        left = []
+
         def nothing(x):
-            return torch.empty_like(x, dtype=torch.float8_e4m3fn)
+            left.append(torch.empty_like(x, dtype=torch.float8_e4m3fn))
+            return left[0]
 
         monkeypatch.setattr("sglang.jit_kernel.fp8_quantize.fp8_quantize", nothing)
         assert self.check(reference, self.QUANTIZE).mark == FAIL
+        assert left[0].float().isnan().all()
 
     @pytest.mark.parametrize(
         "error, mark, text",

@@ -17,14 +17,14 @@ import patched_sglang
 
 KEY = ("operation", "heads", "tokens")
 # Below, the launch decides, and with it the machine's host.
-CHECKED_FROM_TOKENS = 2048
+FROM_TOKENS = 2048
 LEAST_SHARE = 0.95
 
 
 def write_csv(rows: list[dict], path: Path) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, names)
+        writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         for row in rows:
             writer.writerow(
@@ -39,17 +39,15 @@ def slower(rows: list[dict], committed: Path) -> list[str]:
             tuple(row[name] for name in KEY): float(row["copy_share"])
             for row in csv.DictReader(file)
         }
-    found = []
-    for row in rows:
-        key = tuple(str(row[name]) for name in KEY)
-        if row["tokens"] < CHECKED_FROM_TOKENS or key not in known:
-            continue
-        if row["copy_share"] < LEAST_SHARE * known[key]:
-            found.append(
-                f"slower: {' '.join(key)}: share {row['copy_share']:.3f}, committed "
-                f"{known[key]:.3f}"
-            )
-    return found
+    shares = {tuple(str(row[name]) for name in KEY): row["copy_share"] for row in rows}
+    compared = [key for key in shares if key in known and int(key[2]) >= FROM_TOKENS]
+    if not compared:
+        return [f"{committed} has none of these rows"]
+    return [
+        f"slower: {' '.join(key)}: share {shares[key]:.3f}, committed {known[key]:.3f}"
+        for key in compared
+        if shares[key] < LEAST_SHARE * known[key]
+    ]
 
 
 def plot(rows: list[dict], folder: Path, machine: str) -> None:

@@ -6,8 +6,7 @@ largest finite FP8 value, infinity included, it saturates; NaN stays NaN.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Optional, Union
+from typing import Callable, NamedTuple, Optional, Union
 
 import torch
 import triton
@@ -70,31 +69,92 @@ def fp8_conversion(device: torch.device) -> int:
     return CONVERT_DIRECT.value
 
 
-def launch(
-    kernel,
-    num_programs: int,
-    *args,
-    device: torch.device,
-    enable_pdl: Optional[bool],
-    **constexprs,
-) -> None:
-    """Launch an FP8 kernel of this package on `device`, 4 warps a program.
+class Launcher:
+    """One specialization of an FP8 kernel of this package, 4 warps a program.
 
-    enable_pdl: None, with programmatic dependent launch where the GPU has it; True is
-    ignored where it has not.
+    From the second call on it launches through Triton's ``compiled[grid]``, with
+    addresses for tensors: the JIT's dispatch, which looks at every argument of every
+    call, takes longer than all the rest of a call. So the caller keeps a Launcher for
+    each combination of what the kernel is specialized on: its constexprs, and of the
+    other arguments what ``layout_key`` gives.
     """
-    pdl = device.type == "cuda" and enable_pdl is not False and is_arch_support_pdl()
-    # The HIP compiler rejects options that it does not know.
-    options = {"launch_pdl": True} if pdl else {}
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[(num_programs,)](
-            *args,
-            **constexprs,
-            CONVERSION=fp8_conversion(device),
-            ENABLE_PDL=pdl,
-            num_warps=4,
-            **options,
+
+    def __init__(
+        self, kernel, device: torch.device, enable_pdl: Optional[bool], **constexprs
+    ):
+        """enable_pdl: None, with programmatic dependent launch where the GPU has it;
+        True is ignored where it has not."""
+        on_gpu = device.type == "cuda"
+        pdl = on_gpu and enable_pdl is not False and is_arch_support_pdl()
+        self._kernel = kernel
+        self._device_index = device.index
+        self._constexprs = dict(
+            constexprs, CONVERSION=fp8_conversion(device), ENABLE_PDL=pdl
         )
+        self._options = {"num_warps": 4}
+        if pdl:
+            # The HIP compiler rejects options that it does not know.
+            self._options["launch_pdl"] = True
+        self._compiled = None
+
+    def __call__(self, num_programs: int, tensors: tuple, numbers: tuple) -> None:
+        """Launch on `tensors` (or None) and `numbers`, the kernel's first parameters."""
+        index = self._device_index
+        if index is not None and index != torch.cuda.current_device():
+            with torch.cuda.device(index):
+                return self(num_programs, tensors, numbers)
+        if self._compiled is not None:
+            addresses = [None if x is None else x.data_ptr() for x in tensors]
+            self._compiled[(num_programs, 1, 1)](*addresses, *numbers, *self._tail)
+            return
+        # The interpreter compiles nothing, and returns None.
+        self._compiled = self._kernel[(num_programs,)](
+            *tensors, *numbers, **self._constexprs, **self._options
+        )
+        last = self._kernel.arg_names[len(tensors) + len(numbers) :]
+        self._tail = [self._constexprs[name] for name in last]
+
+
+class Plan(NamedTuple):
+    """What calls of one layout share: checked once, with the kernel compiled for it."""
+
+    launcher: Launcher
+    tokens: int  # of a program
+    parts: int  # programs for each block of tokens
+    strides: tuple[int, ...]
+
+    def launch(self, num_tokens: int, tensors: tuple, numbers: tuple) -> None:
+        blocks = -(-num_tokens // self.tokens)
+        self.launcher(blocks * self.parts, tensors, numbers)
+
+
+class PlanCache(dict):
+    """Plans by layout. A layout with a stride that depends on the length is a new one
+    for each length: when there are too many, all are forgotten."""
+
+    def find(self, key: tuple, make: Callable[..., Plan], *args) -> Plan:
+        plan = self.get(key)
+        if plan is None:
+            if len(self) >= 256:
+                self.clear()
+            plan = self[key] = make(*args)
+        return plan
+
+
+def layout_key(*tensors: Optional[torch.Tensor]) -> tuple:
+    """What a kernel and its checks depend on in these tensors, but for the lengths of
+    their first dimensions: dtype, shape, strides, device, alignment to 16 bytes."""
+    key = []
+    misaligned = 0
+    for x in tensors:
+        if x is None:
+            key.append(None)
+            continue
+        misaligned |= x.data_ptr()
+        key += x.dtype, x.shape[1:], x.stride(), x.get_device()
+    if misaligned & 15:
+        key += [x is not None and x.data_ptr() & 15 for x in tensors]
+    return tuple(key)
 
 
 @cache_once
@@ -173,13 +233,21 @@ def check_output(
         extent = stride * (size - 1) + extent
 
 
+def index_key(index: Optional[torch.Tensor]) -> Optional[tuple]:
+    """What `check_index` depends on. Alignment is not among it: kernels do not
+    specialize on that of indices, which two-batch overlap slices at any token."""
+    if index is None:
+        return None
+    return index.dtype, index.dim(), index.get_device(), index.is_contiguous()
+
+
 def check_index(name: str, index: torch.Tensor, device: torch.device) -> None:
     """Raise unless `index` is a contiguous int32 or int64 vector on `device`."""
     if (
         index.dim() != 1
         or index.dtype not in (torch.int32, torch.int64)
         or index.device != device
-        or (index.numel() > 1 and index.stride(0) != 1)
+        or not index.is_contiguous()
     ):
         raise ValueError(
             f"{name} must be a contiguous int32 or int64 vector on {device}, got "

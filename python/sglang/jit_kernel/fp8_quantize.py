@@ -11,11 +11,11 @@ import triton.language as tl
 from sglang.jit_kernel.fp8_common import (
     FP8_DTYPES,
     INPUT_DTYPES,
+    Launcher,
     as_scale,
     check_device,
     check_fp8_dtype,
     check_output,
-    launch,
     load_scale,
     to_fp8,
 )
@@ -155,21 +155,16 @@ def fp8_quantize(
     width = _tile_width(length)
     num_tiles = rows * triton.cdiv(length, width)
     block = _PROGRAM_ELEMENTS // width
-    launch(
+    launcher = Launcher(
         _fp8_quantize_kernel,
-        triton.cdiv(num_tiles, block),
-        x,
-        out,
-        scale_inv,
-        num_tiles,
-        x_row_stride,
-        out_row_stride,
-        device=x.device,
-        enable_pdl=enable_pdl,
+        x.device,
+        enable_pdl,
         N=length,
         WIDTH=width,
         BLOCK=block,
         SCALE_KIND=kind,
         FP8_DTYPE=FP8_DTYPES[fp8_dtype],
     )
+    numbers = (scale_inv, num_tiles, x_row_stride, out_row_stride)
+    launcher(triton.cdiv(num_tiles, block), (x, out), numbers)
     return out

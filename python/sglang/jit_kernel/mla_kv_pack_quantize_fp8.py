@@ -10,6 +10,9 @@ import triton.language as tl
 
 from sglang.jit_kernel.fp8_common import (
     FP8_DTYPES,
+    Launcher,
+    Plan,
+    PlanCache,
     as_scale,
     block_shape,
     check_device,
@@ -17,7 +20,7 @@ from sglang.jit_kernel.fp8_common import (
     check_head_dims,
     check_input,
     check_output,
-    launch,
+    layout_key,
     load_scale,
     rope_dim,
     to_fp8,
@@ -136,66 +139,76 @@ def mla_kv_pack_quantize_fp8(
         ValueError: an argument of wrong dtype, shape, layout or device, by its name.
         RuntimeError: the GPU has no FP8 conversion (before SM89).
     """
+    s = k_nope.shape[0] if k_nope.dim() > 0 else 0
+    k_kind, k_scale_inv = as_scale("k_scale_inv", k_scale_inv, k_nope)
+    v_kind, v_scale_inv = as_scale("v_scale_inv", v_scale_inv, k_nope)
+    settings = (k_kind, v_kind, fp8_dtype, enable_pdl)
+    inputs = (k_nope, k_pe, v)
+    key = (*layout_key(*inputs, k_out, v_out), *settings)
+    plan = _PLANS.find(key, _make_plan, *inputs, *settings)
+    for name, x in (("k_pe", k_pe), ("v", v)):
+        if x.shape[0] != s:
+            raise ValueError(
+                f"{name} must have k_nope's {s} tokens, got shape {tuple(x.shape)}"
+            )
+    k_shape = (*k_nope.shape[:2], k_nope.shape[2] + k_pe.shape[-1])
+    if k_out is None:
+        k_out = v.new_empty(k_shape, dtype=fp8_dtype)
+    else:
+        check_output("k_out", k_out, k_shape, fp8_dtype, v.device)
+    if v_out is None:
+        v_out = v.new_empty(v.shape, dtype=fp8_dtype)
+    else:
+        check_output("v_out", v_out, v.shape, fp8_dtype, v.device)
+    if s > 0:
+        plan.launch(
+            s,
+            (*inputs, k_out, v_out),
+            (
+                k_scale_inv,
+                v_scale_inv,
+                s,
+                *plan.strides,
+                *k_out.stride()[:2],
+                *v_out.stride()[:2],
+            ),
+        )
+    return k_out, v_out
+
+
+_PLANS = PlanCache()
+
+
+def _make_plan(k_nope, k_pe, v, k_kind, v_kind, fp8_dtype, enable_pdl) -> Plan:
     check_fp8_dtype(fp8_dtype)
     check_device("k_nope", k_nope)
     if k_nope.dim() != 3 or k_nope.shape[1] == 0:
         raise ValueError(f"k_nope must be [s, h, nope], got {tuple(k_nope.shape)}")
-    s, h, nope = k_nope.shape
+    h, nope = k_nope.shape[1:]
     rope = rope_dim(k_pe)
-    if v.dim() != 3 or v.shape[:2] != (s, h):
-        raise ValueError(f"v must be [{s}, {h}, v], got shape {tuple(v.shape)}")
-    if k_pe.shape[0] != s:
-        raise ValueError(
-            f"k_pe must have k_nope's {s} tokens, got shape {tuple(k_pe.shape)}"
-        )
-    dim_v = v.shape[2]
-    check_head_dims(nope=nope, rope=rope, v=dim_v)
+    if v.dim() != 3 or v.shape[1] != h:
+        raise ValueError(f"v must be [s, {h}, v], got shape {tuple(v.shape)}")
+    check_head_dims(nope=nope, rope=rope, v=v.shape[2])
     check_input("k_nope", k_nope)
     check_input("k_pe", k_pe, k_nope)
     check_input("v", v, k_nope)
-    k_kind, k_scale_inv = as_scale("k_scale_inv", k_scale_inv, v)
-    v_kind, v_scale_inv = as_scale("v_scale_inv", v_scale_inv, v)
-    if k_out is None:
-        k_out = v.new_empty((s, h, nope + rope), dtype=fp8_dtype)
-    else:
-        check_output("k_out", k_out, (s, h, nope + rope), fp8_dtype, v.device)
-    if v_out is None:
-        v_out = v.new_empty((s, h, dim_v), dtype=fp8_dtype)
-    else:
-        check_output("v_out", v_out, (s, h, dim_v), fp8_dtype, v.device)
-    if s == 0:
-        return k_out, v_out
-
     block_t, block_h = block_shape(h, _PROGRAM_ROWS)
-    launch(
+    launcher = Launcher(
         _mla_kv_pack_quantize_fp8_kernel,
-        triton.cdiv(s, block_t) * (h // block_h),
-        k_nope,
-        k_pe,
-        v,
-        k_out,
-        v_out,
-        k_scale_inv,
-        v_scale_inv,
-        s,
-        *k_nope.stride()[:2],
-        k_pe.stride(0),
-        *v.stride()[:2],
-        *k_out.stride()[:2],
-        *v_out.stride()[:2],
-        device=v.device,
-        enable_pdl=enable_pdl,
+        v.device,
+        enable_pdl,
         NUM_HEADS=h,
         NOPE=nope,
         ROPE=rope,
-        V=dim_v,
+        V=v.shape[2],
         NOPE_P2=triton.next_power_of_2(nope),
         ROPE_P2=triton.next_power_of_2(rope),
-        V_P2=triton.next_power_of_2(dim_v),
+        V_P2=triton.next_power_of_2(v.shape[2]),
         K_SCALE_KIND=k_kind,
         V_SCALE_KIND=v_kind,
         FP8_DTYPE=FP8_DTYPES[fp8_dtype],
         BLOCK_T=block_t,
         BLOCK_H=block_h,
     )
-    return k_out, v_out
+    strides = (*k_nope.stride()[:2], k_pe.stride(0), *v.stride()[:2])
+    return Plan(launcher, block_t, h // block_h, strides)

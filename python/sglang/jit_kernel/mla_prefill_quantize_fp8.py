@@ -13,6 +13,9 @@ import triton.language as tl
 from sglang.jit_kernel.fp8_common import (
     FP8_DTYPES,
     SCALE_UNIT,
+    Launcher,
+    Plan,
+    PlanCache,
     as_scale,
     block_shape,
     check_device,
@@ -20,7 +23,8 @@ from sglang.jit_kernel.fp8_common import (
     check_head_dims,
     check_index,
     check_input,
-    launch,
+    index_key,
+    layout_key,
     load_scale,
     rope_dim,
     to_fp8,
@@ -111,9 +115,9 @@ def _mla_prefill_quantize_fp8_kernel(
     kv_ptr,
     kv_a_ptr,
     k_pe_ptr,
-    positions_ptr,
     cos_sin_ptr,
     kv_cache_ptr,
+    positions_ptr,
     cache_loc_ptr,
     q_fp8_ptr,
     k_fp8_ptr,
@@ -297,25 +301,77 @@ def mla_prefill_quantize_fp8(
         ValueError: an argument of wrong dtype, shape, layout or device, by its name.
         RuntimeError: the GPU has no FP8 conversion (before SM89).
     """
+    if kv_cache is not None and kv_cache.dtype == torch.uint8:
+        kv_cache = kv_cache.view(fp8_dtype)
+    k_kind, k_scale_inv = as_scale("k_scale_inv", k_scale_inv, q)
+    v_kind, v_scale_inv = as_scale("v_scale_inv", v_scale_inv, q)
+    settings = (is_neox, qk_nope_head_dim, k_kind, v_kind, fp8_dtype, enable_pdl)
+    laid_out = (q, kv, kv_a, k_pe, cos_sin_cache, kv_cache)
+    indices = (positions, cache_loc)
+    key = (*layout_key(*laid_out), *map(index_key, indices), *settings)
+    plan = _PLANS.find(key, _make_plan, *laid_out, *indices, *settings)
+    s = q.shape[0]
+    if not s == kv.shape[0] == kv_a.shape[0] == k_pe.shape[0] == positions.shape[0]:
+        raise ValueError(
+            "q, kv, kv_a, k_pe and positions must have the same number of tokens, got "
+            f"{s}, {kv.shape[0]}, {kv_a.shape[0]}, {k_pe.shape[0]} and "
+            f"{positions.shape[0]}"
+        )
+    num_cache_rows = 0 if cache_loc is None else cache_loc.shape[0]
+    if num_cache_rows > s:
+        raise ValueError(
+            f"cache_loc must have at most one slot for each of q's {s} tokens, got "
+            f"{num_cache_rows}"
+        )
+    q_out = q.new_empty(q.shape, dtype=fp8_dtype)
+    k_out = q.new_empty(q.shape, dtype=fp8_dtype)
+    v_shape = (*q.shape[:2], kv.shape[2] - qk_nope_head_dim)
+    v_out = q.new_empty(v_shape, dtype=fp8_dtype)
+    if s > 0:
+        plan.launch(
+            s,
+            (*laid_out, positions, cache_loc, q_out, k_out, v_out),
+            (k_scale_inv, v_scale_inv, s, num_cache_rows, *plan.strides),
+        )
+    return q_out, k_out, v_out
+
+
+_PLANS = PlanCache()
+
+
+def _make_plan(
+    q,
+    kv,
+    kv_a,
+    k_pe,
+    cos_sin_cache,
+    kv_cache,
+    positions,
+    cache_loc,
+    is_neox,
+    nope,
+    k_kind,
+    v_kind,
+    fp8_dtype,
+    enable_pdl,
+) -> Plan:
     check_fp8_dtype(fp8_dtype)
     check_device("q", q)
-    nope = qk_nope_head_dim
     if q.dim() != 3 or q.shape[1] == 0 or not 0 < nope < q.shape[2]:
         raise ValueError(
             f"q must be [s, h, nope + rope] with qk_nope_head_dim={nope}, got shape "
             f"{tuple(q.shape)}"
         )
-    s, h, rope = q.shape[0], q.shape[1], q.shape[2] - nope
-    if kv.dim() != 3 or kv.shape[:2] != (s, h) or kv.shape[2] <= nope:
+    h, rope = q.shape[1], q.shape[2] - nope
+    if kv.dim() != 3 or kv.shape[1] != h or kv.shape[2] <= nope:
         raise ValueError(
-            f"kv must be [{s}, {h}, {nope} + v], got shape {tuple(kv.shape)}"
+            f"kv must be [s, {h}, {nope} + v], got shape {tuple(kv.shape)}"
         )
-    if kv_a.dim() != 2 or kv_a.shape[0] != s:
-        raise ValueError(f"kv_a must be [{s}, lora], got shape {tuple(kv_a.shape)}")
-    if rope_dim(k_pe) != rope or k_pe.shape[0] != s:
+    if kv_a.dim() != 2:
+        raise ValueError(f"kv_a must be [s, lora], got shape {tuple(kv_a.shape)}")
+    if rope_dim(k_pe) != rope:
         raise ValueError(
-            f"k_pe must have q's {s} tokens and rope dimension, {rope}, got shape "
-            f"{tuple(k_pe.shape)}"
+            f"k_pe must have q's rope dimension, {rope}, got shape {tuple(k_pe.shape)}"
         )
     dim_v = kv.shape[2] - nope
     check_head_dims(nope=nope, rope=rope, v=dim_v)
@@ -324,67 +380,25 @@ def mla_prefill_quantize_fp8(
     check_input("kv_a", kv_a, q)
     check_input("k_pe", k_pe, q)
     check_index("positions", positions, q.device)
-    if positions.shape[0] != s:
-        raise ValueError(
-            f"positions must be one for each of q's {s} tokens, got "
-            f"{positions.shape[0]}"
-        )
     style = ROPE_NONE
     if cos_sin_cache is not None:
         style = ROPE_NEOX if is_neox else ROPE_INTERLEAVED
         _check_cos_sin_cache(cos_sin_cache, rope, q.device)
     if (kv_cache is None) != (cache_loc is None):
         raise ValueError("kv_cache and cache_loc must be given together")
-    lora = num_cache_rows = 0
+    lora = 0
     if kv_cache is not None:
-        lora, num_cache_rows = kv_a.shape[1], cache_loc.numel()
+        lora = kv_a.shape[1]
         check_index("cache_loc", cache_loc, q.device)
-        if num_cache_rows > s:
-            raise ValueError(
-                f"cache_loc must have at most one slot for each of q's {s} tokens, got "
-                f"{num_cache_rows}"
-            )
-        if kv_cache.dtype == torch.uint8:
-            kv_cache = kv_cache.view(fp8_dtype)
         _check_kv_cache(kv_cache, lora + rope, fp8_dtype, q.device)
-    k_kind, k_scale_inv = as_scale("k_scale_inv", k_scale_inv, q)
-    v_kind, v_scale_inv = as_scale("v_scale_inv", v_scale_inv, q)
-
-    q_out = q.new_empty((s, h, nope + rope), dtype=fp8_dtype)
-    k_out = torch.empty_like(q_out)
-    v_out = q.new_empty((s, h, dim_v), dtype=fp8_dtype)
-    if s == 0:
-        return q_out, k_out, v_out
 
     wide = nope + dim_v > 256
-    rows = _PROGRAM_ROWS_OF_WIDE_HEADS if wide else _PROGRAM_ROWS
-    block_t, block_h = block_shape(h, rows)
-    launch(
+    program_rows = _PROGRAM_ROWS_OF_WIDE_HEADS if wide else _PROGRAM_ROWS
+    block_t, block_h = block_shape(h, program_rows)
+    launcher = Launcher(
         _mla_prefill_quantize_fp8_kernel,
-        triton.cdiv(s, block_t) * (h // block_h + (lora > 0)),
-        q,
-        kv,
-        kv_a,
-        k_pe,
-        positions,
-        cos_sin_cache,
-        kv_cache,
-        cache_loc,
-        q_out,
-        k_out,
-        v_out,
-        k_scale_inv,
-        v_scale_inv,
-        s,
-        num_cache_rows,
-        *q.stride()[:2],
-        *kv.stride()[:2],
-        kv_a.stride(0),
-        k_pe.stride(0),
-        0 if cos_sin_cache is None else cos_sin_cache.stride(0),
-        0 if kv_cache is None else kv_cache.stride(0),
-        device=q.device,
-        enable_pdl=enable_pdl,
+        q.device,
+        enable_pdl,
         NUM_HEADS=h,
         NOPE=nope,
         ROPE=rope,
@@ -401,7 +415,15 @@ def mla_prefill_quantize_fp8(
         BLOCK_T=block_t,
         BLOCK_H=block_h,
     )
-    return q_out, k_out, v_out
+    strides = (
+        *q.stride()[:2],
+        *kv.stride()[:2],
+        kv_a.stride(0),
+        k_pe.stride(0),
+        0 if cos_sin_cache is None else cos_sin_cache.stride(0),
+        0 if kv_cache is None else kv_cache.stride(0),
+    )
+    return Plan(launcher, block_t, h // block_h + (lora > 0), strides)
 
 
 def _check_cos_sin_cache(cache: torch.Tensor, rope: int, device: torch.device) -> None:

@@ -85,8 +85,21 @@ def test_dtypes_and_scales(dtype, fp8_dtype):
         assert all(out.is_contiguous() for out in outputs)
 
 
-def test_an_empty_chunk():
-    assert [len(out) for out in run(make(0, DIMS))] == [0, 0]
+def test_one_layout_many_lengths():
+    for tokens in (3, 1, 40, 0, 7):
+        run(make(tokens, DIMS))
+
+
+def test_a_call_that_fits_does_not_vouch_for_a_longer_one():
+    dims = MLADims(heads=2, nope=16, rope=16, v=16, lora=0)
+    memory = poison((1000,), torch.float8_e4m3fn)
+    for tokens in (4, 8):
+        k_out = memory.as_strided((tokens, 2, 32), (64, 400, 1))
+        if tokens == 4:
+            run(make(tokens, dims), k_out=k_out)
+        else:
+            with pytest.raises(ValueError, match="k_out must not overlap itself"):
+                mla_kv_pack_quantize_fp8(*make(tokens, dims), k_out=k_out)
 
 
 def test_heads_outermost_and_flat_k_pe():

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import sglang.jit_kernel.mla_prefill_quantize_fp8 as prefill_module
+from sglang.jit_kernel.fp8_common import PlanCache
 from sglang.jit_kernel.mla_prefill_quantize_fp8 import mla_prefill_quantize_fp8
 from sglang.jit_kernel.tests.fp8_reference import (
     DEVICE,
@@ -81,17 +82,24 @@ def test_dtypes_and_scales(dtype, fp8_dtype):
     run(inputs, scales.values(), **on_device, fp8_dtype=fp8_dtype)
 
 
-def test_index_dtypes():
+def test_index_dtypes_after_one_another():
     inputs = prefill_inputs(DIMS, 11)
     for name in ("positions", "cache_loc"):
+        run(inputs)
         inputs[name] = inputs[name].to(torch.int32)
     run(inputs)
 
 
-def test_an_empty_batch():
-    inputs = prefill_inputs(DIMS, 0)
-    assert [len(out) for out in run(inputs)] == [0, 0, 0]
-    assert is_poison(inputs["kv_cache"])
+def test_one_layout_many_lengths():
+    for tokens in (3, 1, 40, 0, 7):
+        run(prefill_inputs(DIMS, tokens))
+
+
+def test_a_stride_for_each_length_does_not_fill_memory():
+    cache = PlanCache()
+    for length in range(1000):
+        cache.find((length,), lambda: length)
+    assert 0 < len(cache) <= 256
 
 
 def test_fewer_slots_than_tokens():
@@ -156,18 +164,18 @@ def test_pdl_setting(enable_pdl):
         ("q", lambda x: x[..., :128], "q must be"),
         ("q", lambda x: x.transpose(1, 2), "q must"),
         ("kv", lambda x: x[:, :4], "kv must be"),
-        ("kv", lambda x: x[:9], "kv must be"),
+        ("kv", lambda x: x[:9], "same number of tokens"),
         ("kv", lambda x: x.to(torch.float16), "kv must be torch.bfloat16"),
         ("kv", lambda x: x[..., ::2], "kv must"),
         ("kv_a", lambda x: x[:, None], "kv_a must be"),
-        ("kv_a", lambda x: x[:9], "kv_a must be"),
+        ("kv_a", lambda x: x[:9], "same number of tokens"),
         ("kv_a", lambda x: x[:, :256], "kv_cache must be"),
-        ("k_pe", lambda x: x[..., :32], "k_pe must have q's 13 tokens and rope"),
-        ("k_pe", lambda x: x[:9], "k_pe must have q's 13 tokens"),
+        ("k_pe", lambda x: x[..., :32], "k_pe must have q's rope dimension"),
+        ("k_pe", lambda x: x[:9], "same number of tokens"),
         ("k_pe", lambda x: x.expand(-1, 8, -1), "k_pe must be"),
         ("positions", lambda x: x.float(), "positions must be a contiguous"),
         ("positions", lambda x: x.repeat(2)[::2], "positions must be a contiguous"),
-        ("positions", lambda x: x[:5], "positions must be one for each"),
+        ("positions", lambda x: x[:5], "same number of tokens"),
         ("cos_sin_cache", lambda x: x.bfloat16(), "cos_sin_cache must be float32"),
         ("cos_sin_cache", lambda x: x[:, :32], "cos_sin_cache must be float32"),
         ("kv_cache", lambda x: None, "given together"),
@@ -186,6 +194,19 @@ def test_rejects(name, change, message):
         mla_prefill_quantize_fp8(**inputs)
     if inputs["kv_cache"] is not None and inputs["kv_cache"].element_size() == 1:
         assert is_poison(inputs["kv_cache"])
+
+
+@pytest.mark.parametrize("name", ["positions", "cache_loc"])
+def test_a_call_with_one_token_does_not_vouch_for_more(name):
+    """A stride means nothing in a vector of one, which passes with any."""
+    for tokens in (1, 3):
+        inputs = prefill_inputs(DIMS, tokens)
+        inputs[name] = inputs[name].repeat_interleave(2)[::2]
+        if tokens == 1:
+            run(inputs)
+        else:
+            with pytest.raises(ValueError, match=f"{name} must be a contiguous"):
+                mla_prefill_quantize_fp8(**inputs)
 
 
 @pytest.mark.parametrize("name", ["nope", "rope", "v"])

@@ -8,8 +8,8 @@ will run the batch to take over before RoPE and the KV-cache write::
     ) -> (q, k, v) | None
 
 - ``q`` [s, h, nope + rope] and ``q_pe``, its view [s, h, rope], before RoPE; ``kv_a``
-  [s, lora] after its norm; ``k_pe`` [s, 1, rope], a view, before RoPE; ``positions``
-  [s]; ``layer``, the ``DeepseekV2AttentionMLA``. All in the model's dtype.
+  [s, lora] after its norm; ``k_pe`` [s, 1, rope], a view, before RoPE, all in the
+  model's dtype; ``positions`` [s]; ``layer``, the ``DeepseekV2AttentionMLA``.
 - A tuple is the operands as the backend's own prefill kernel takes them, with the
   tokens' rows written to the KV cache; the model returns them as they are.
 - None declines the batch. Nothing was touched, the inputs included, and the model goes
@@ -25,25 +25,24 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections import Counter
-from typing import TYPE_CHECKING, Callable, Optional
+from typing import TYPE_CHECKING, Callable, NamedTuple, Optional
 
 import torch
 
-from sglang.jit_kernel.fixup_zero_kv import fixup_zero_kv_rows
 from sglang.jit_kernel.fp8_quantize import fp8_quantize
 from sglang.jit_kernel.mla_kv_pack_quantize_fp8 import mla_kv_pack_quantize_fp8
 from sglang.jit_kernel.mla_prefill_quantize_fp8 import mla_prefill_quantize_fp8
-from sglang.jit_kernel.utils import is_arch_support_pdl
+from sglang.jit_kernel.utils import cache_once, is_arch_support_pdl
 from sglang.srt.compilation.piecewise_context_manager import (
     get_forward_context,
     is_in_piecewise_cuda_graph,
 )
 from sglang.srt.environ import envs
+from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, MLATokenToKVPool
 from sglang.srt.model_executor.breakable_cuda_graph.context import (
     is_in_breakable_cuda_graph,
 )
-from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.utils import is_flashinfer_available, log_info_on_rank0
 
 if is_flashinfer_available():
@@ -61,11 +60,14 @@ logger = logging.getLogger(__name__)
 FP8 = torch.float8_e4m3fn
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-# Values of SGLANG_MLA_FP8_PREFILL.
+# Values of SGLANG_MLA_FP8_PREFILL. The first two are producers, with the same result:
+# one launch for everything, and one composed of FlashInfer's RoPE, fp8_quantize and the
+# KV pool's own write, which is also used where the pool's buffer may not be written
+# directly.
 FUSED, COMPOSED, OFF = "fused", "composed", "off"
 
 
-@functools.lru_cache(maxsize=None)
+@cache_once
 def _wrapper_types() -> tuple[type, type, type]:
     # These modules import the model runner, which imports the models.
     from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
@@ -145,14 +147,19 @@ def _log_once(message: str) -> None:
 
 
 def _is_plain_rope(rotary_emb: torch.nn.Module, rope_dim: int) -> bool:
-    """Whether cos_sin_cache, indexed by the positions, is all there is to this RoPE."""
-    from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+    """Whether cos_sin_cache, indexed by the positions, is all there is to this RoPE.
 
+    It is not where SGLang runs another method than RotaryEmbedding's for GPUs, nor where
+    that one uses its fallback, which rounds the shared cos_sin_cache to the model's dtype.
+    """
+    method = getattr(rotary_emb, "_forward_method", None)
     return (
         isinstance(rotary_emb, RotaryEmbedding)
-        and type(rotary_emb).forward_cuda is RotaryEmbedding.forward_cuda
+        and getattr(method, "__func__", None) is RotaryEmbedding.forward_cuda
+        and not rotary_emb.use_fallback_kernel
         and rotary_emb.rotary_dim == rope_dim
         and rotary_emb.cos_sin_cache.shape[1:] == (rope_dim,)
+        and rotary_emb.cos_sin_cache.dtype == torch.float32
     )
 
 
@@ -163,11 +170,9 @@ def _inherits(pool, base: type, *methods: str) -> bool:
 
 
 def _pool_producer(pool) -> Optional[str]:
-    """How FP8 rows get into this KV pool: FUSED where its key buffer is the plain
+    """How FP8 rows get into this KV pool: FUSED where its buffer is the plain
     [slots, 1, lora + rope] and may be written directly, COMPOSED where the pool has to
     store them itself, None where it does not take FP8 rows."""
-    from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, MLATokenToKVPool
-
     access = ("get_key_buffer", "set_mla_kv_buffer")
     inner = pool
     if _inherits(pool, HybridLinearKVPool, *access):
@@ -180,24 +185,23 @@ def _pool_producer(pool) -> Optional[str]:
     return FUSED if plain else COMPOSED
 
 
-def _check_indices(name: str, index: torch.Tensor, limit: int, layer_id: int) -> None:
-    bad = ((index < 0) | (index >= limit)).nonzero()
-    if bad.numel() > 0:
-        token = int(bad[0, 0])
-        raise IndexError(
-            f"{name}[{token}] = {int(index[token])} is out of range [0, {limit}) in "
-            f"layer {layer_id}"
-        )
+def _kv_buffer(pool, layer_id: int) -> torch.Tensor:
+    """The layer's rows in a FUSED pool. Unlike get_key_buffer, and like SGLang's own
+    writer, this does not wait for HiCache to load the layer's other rows."""
+    if isinstance(pool, HybridLinearKVPool):
+        layer_id = pool._transfer_full_attention_id(layer_id)
+        pool = pool.full_kv_pool
+    return pool.kv_buffer[layer_id - pool.start_layer]
+
+
+class _BatchDecision(NamedTuple):
+    metadata: object
+    reason: Optional[str]  # why the batch is declined, or None
+    producer: Optional[str]
 
 
 class MLAFP8PrefillMixin:
     """Gives an MLA backend with FP8 prefill kernels the hook of this module.
-
-    Two producers with the same result: one launch for everything (the default), and one
-    composed of FlashInfer's RoPE, ``fp8_quantize`` and the pool's own cache write,
-    used where the pool's buffer may not be written directly or where
-    ``SGLANG_MLA_FP8_PREFILL=composed`` asks for it. ``SGLANG_MLA_FP8_PREFILL=off``
-    declines everything.
 
     The backend provides ``data_type``, ``q_data_type``, the model's dimensions,
     ``forward_prefill_metadata`` and ``_run_prefill_kernel``, which is handed FP8 operands
@@ -211,63 +215,73 @@ class MLAFP8PrefillMixin:
     num_prefill_tokens = 0
 
     def init_fp8_prefill(self, model_runner: ModelRunner) -> None:
-        """Decide what holds for the life of the process, say it, compile the kernels.
+        """Decide what holds for the life of the process, log it, compile the kernels.
 
         Called at the end of the backend's ``__init__``.
+
+        Raises:
+            ValueError: SGLANG_MLA_FP8_PREFILL has no such value, or the checkpoint has
+                scales that the prefill kernel does not take.
         """
-        # Batches left to SGLang's own path, by reason.
-        self.prefill_declines: Counter = Counter()
-        self._declined: object = self
-        self._plain_rope: dict[torch.nn.Module, bool] = {}
-        self._pool_checked: tuple = (None, None)
-        self._check_prefill_indices = envs.SGLANG_MLA_FP8_PREFILL_CHECK.get()
-        self._prefill_producer = envs.SGLANG_MLA_FP8_PREFILL.get().lower()
-        if self._prefill_producer not in (FUSED, COMPOSED, OFF):
+        self._configured_producer = envs.SGLANG_MLA_FP8_PREFILL.get().lower()
+        if self._configured_producer not in (FUSED, COMPOSED, OFF):
             raise ValueError(
                 f"SGLANG_MLA_FP8_PREFILL must be {FUSED}, {COMPOSED} or {OFF}, got "
                 f"{envs.SGLANG_MLA_FP8_PREFILL.get()!r}"
             )
-        self._prefill_off = self._process_decline()
+        self._batch = _BatchDecision(self, None, None)
+        self._process_reason = self._unsupported_reason()
         if self.skip_prefill:
             return
         pool = getattr(model_runner, "token_to_kv_pool", None)
-        producer = FUSED if pool is None else _pool_producer(pool)
-        if self._prefill_off is not None:
-            outcome = f"declined, {self._prefill_off}"
-        elif producer is None:
-            outcome = f"declined, {type(pool).__name__} takes no FP8 rows"
-        elif producer == COMPOSED and (lack := self._composed_lack()):
-            outcome = f"declined, {type(pool).__name__} {lack}"
-        elif COMPOSED in (producer, self._prefill_producer):
-            outcome = f"with the {COMPOSED} producer"
-        else:
-            outcome = f"with the {FUSED} producer"
+        reason, producer = self._process_reason, self._configured_producer
+        if reason is None and pool is not None:
+            reason, producer = self._pool_decision(pool)
+        outcome = f"declined: {reason}"
+        if reason is None:
+            outcome = f"with the {producer} producer"
+            variants = self._prefill_variants(getattr(model_runner, "model", None))
+            if torch.device(self.device).type == "cuda":
+                self._compile_prefill_kernels(producer, variants)
         _log_once(f"{type(self).__name__}: FP8 prefill preparation {outcome}")
-        if self._prefill_off is None and torch.device(self.device).type == "cuda":
-            self._compile_prefill_kernels(getattr(model_runner, "model", None))
 
-    def _process_decline(self) -> Optional[str]:
+    def _unsupported_reason(self) -> Optional[str]:
         """Why no batch of this process can be taken, or None."""
-        if self._prefill_producer == OFF:
+        if self._configured_producer == OFF:
             return "SGLANG_MLA_FP8_PREFILL=off"
         if self.data_type != FP8:
             return f"the KV cache is {self.data_type}, not {FP8}"
         if self.q_data_type not in (torch.bfloat16, torch.float16):
             return f"the model is {self.q_data_type}, not bfloat16 or float16"
-        if self._prefill_producer == COMPOSED and (lack := self._composed_lack()):
-            return f"SGLANG_MLA_FP8_PREFILL=composed {lack}"
+        dims = (self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim)
+        if any(dim % 16 for dim in dims):
+            return "head dimensions that are no multiples of 16"
+        if self._configured_producer == COMPOSED and not is_flashinfer_available():
+            return "SGLANG_MLA_FP8_PREFILL=composed without FlashInfer"
         return None
 
-    def _composed_lack(self) -> Optional[str]:
-        """What the composed producer lacks in this process, or None."""
-        if not is_flashinfer_available():
-            return "without FlashInfer"
-        # FlashInfer's RoPE stores 16 elements at a time, also past the end of a row.
-        if self.qk_nope_head_dim % 16 or self.qk_rope_head_dim % 16:
-            return "with head dimensions that are no multiples of 16"
-        return None
+    def _pool_decision(self, pool) -> tuple[Optional[str], Optional[str]]:
+        """(why no row can be written to this KV pool, or None; its producer)."""
+        producer = _pool_producer(pool)
+        if producer is None:
+            return f"{type(pool).__name__} takes no FP8 rows", None
+        if producer == COMPOSED and not is_flashinfer_available():
+            return f"{type(pool).__name__} without FlashInfer", None
+        return None, COMPOSED if producer == COMPOSED else self._configured_producer
 
-    def _compile_prefill_kernels(self, model: Optional[torch.nn.Module]) -> None:
+    def _prefill_variants(self, model: Optional[torch.nn.Module]) -> set[tuple]:
+        """(is_neox or None without RoPE, 1 / k_scale, 1 / v_scale) in the model's
+        attention layers."""
+        return {
+            (
+                getattr(module.rotary_emb, "is_neox_style", None),
+                *self._prefill_scale_invs(module.attn_mha),
+            )
+            for module in (model.modules() if model is not None else ())
+            if hasattr(module, "attn_mha") and hasattr(module, "rotary_emb")
+        } or {(False, 1.0, 1.0)}
+
+    def _compile_prefill_kernels(self, producer: str, variants: set[tuple]) -> None:
         """Run one token through the kernels so that no request waits for a compiler."""
         nope, rope = self.qk_nope_head_dim, self.qk_rope_head_dim
         heads, lora = self.num_local_heads, self.kv_lora_rank
@@ -276,62 +290,61 @@ class MLAFP8PrefillMixin:
         )
         q, kv = zeros(1, heads, nope + rope), zeros(1, heads, nope + self.v_head_dim)
         kv_a, k_pe = zeros(1, lora), zeros(1, 1, rope)
-        index = torch.zeros(1, dtype=torch.int64, device=self.device)
-        cos_sin = torch.zeros(1, rope, device=self.device)
-        for is_neox, k_scale_inv, v_scale_inv in self._prefill_variants(model):
-            mla_prefill_quantize_fp8(
+        index = zeros(1, dtype=torch.int64)
+        for is_neox, *scale_invs in variants:
+            table = None if is_neox is None else zeros(1, rope, dtype=torch.float32)
+            inputs = dict(
                 q=q,
                 kv=kv,
                 kv_a=kv_a,
                 k_pe=k_pe,
                 positions=index,
-                cos_sin_cache=None if is_neox is None else cos_sin,
+                cos_sin_cache=table,
                 is_neox=bool(is_neox),
-                qk_nope_head_dim=nope,
-                kv_cache=torch.zeros(1, 1, lora + rope, dtype=FP8, device=self.device),
-                cache_loc=index,
-                k_scale_inv=k_scale_inv,
-                v_scale_inv=v_scale_inv,
             )
-            mla_kv_pack_quantize_fp8(
-                kv[..., :nope], k_pe, kv[..., nope:], k_scale_inv, v_scale_inv
+            if producer == FUSED:
+                mla_prefill_quantize_fp8(
+                    **inputs,
+                    qk_nope_head_dim=nope,
+                    kv_cache=zeros(1, 1, lora + rope, dtype=FP8),
+                    cache_loc=index,
+                    k_scale_inv=scale_invs[0],
+                    v_scale_inv=scale_invs[1],
+                )
+            else:
+                self._prepare_composed(**inputs, scale_invs=scale_invs)
+            mla_kv_pack_quantize_fp8(kv[..., :nope], k_pe, kv[..., nope:], *scale_invs)
+
+    def _prefill_scale_invs(self, layer: RadixAttention) -> tuple[float, float]:
+        """(1 / k_scale, 1 / v_scale) of the checkpoint."""
+        k_scale, v_scale = layer.k_scale_float, layer.v_scale_float
+        k_scale = 1.0 if k_scale is None else k_scale
+        v_scale = 1.0 if v_scale is None else v_scale
+        if k_scale == 1.0 and v_scale == 1.0:
+            return 1.0, 1.0
+        if not self.prefill_kernel_has_kv_scales:
+            raise ValueError(
+                f"{type(self).__name__}: the prefill kernel takes no K or V scale, but "
+                f"layer {layer.layer_id} has k_scale_float={k_scale} and "
+                f"v_scale_float={v_scale}; both must be 1.0, or choose "
+                "--attention-backend trtllm_mla"
             )
-            if self._prefill_producer == COMPOSED:
-                fp8_quantize(kv[..., nope:], v_scale_inv)
-                fp8_quantize(kv_a)
-                if is_neox is not None:
-                    self._fused_rope_fp8_quantize(
-                        q, kv[..., :nope], k_pe, cos_sin, index, is_neox, k_scale_inv
-                    )
+        return 1.0 / k_scale, 1.0 / v_scale
 
-    def _prefill_variants(self, model: Optional[torch.nn.Module]) -> set[tuple]:
-        """(is_neox or None without RoPE, 1 / k_scale, 1 / v_scale) in the model's
-        attention layers."""
-        layers = [
-            module
-            for module in (model.modules() if model is not None else ())
-            if hasattr(module, "attn_mha") and hasattr(module, "rotary_emb")
-        ]
-        variants = set()
-        for layer in layers:
-            is_neox = getattr(layer.rotary_emb, "is_neox_style", None)
-            try:
-                variants.add((is_neox, *self._prefill_scale_invs(layer.attn_mha)))
-            except AssertionError:
-                # The first batch says so, as it did before.
-                continue
-        return variants or {(False, 1.0, 1.0)}
-
-    def _batch_decline(
-        self,
-        q: torch.Tensor,
-        positions: torch.Tensor,
-        rotary_emb: Optional[torch.nn.Module],
-        cos_sin_cache: Optional[torch.Tensor],
-        forward_batch: ForwardBatch,
-    ) -> Optional[str]:
-        """Why this batch cannot be taken, or None."""
+    def _decide(self, forward_batch: ForwardBatch) -> _BatchDecision:
+        """What becomes of the batch that the metadata stands for; decided once for all
+        layers."""
         metadata = self.forward_prefill_metadata
+        if self._batch.metadata is not metadata:
+            reason, producer = self._batch_reason(metadata, forward_batch), None
+            if reason is None:
+                reason, producer = self._pool_decision(forward_batch.token_to_kv_pool)
+            self._batch = _BatchDecision(metadata, reason, producer)
+        return self._batch
+
+    @staticmethod
+    def _batch_reason(metadata, forward_batch: ForwardBatch) -> Optional[str]:
+        """Why SGLang's own path has to run this batch, or None."""
         if metadata is None:
             return "no prefill metadata"
         if metadata.fallback_to_flashinfer_impl:
@@ -345,50 +358,9 @@ class MLAFP8PrefillMixin:
             return "CUDA graph"
         if forward_batch.mha_one_shot and any(forward_batch.extend_prefix_lens_cpu):
             return "one-shot attention over a prefix"
-        mode = forward_batch.forward_mode
-        if mode is not ForwardMode.EXTEND and not mode.is_extend_without_speculative():
+        if not forward_batch.forward_mode.is_extend_without_speculative():
             return "speculative batch"
-        if q.dtype != self.q_data_type:
-            return "activation dtype"
-        if forward_batch.out_cache_loc.shape[0] > q.shape[0]:
-            return "more cache slots than tokens"
-        if positions.shape != q.shape[:1]:
-            return "positions that are not one for each token"
-        if rotary_emb is not None:
-            plain = self._plain_rope.get(rotary_emb)
-            if plain is None:
-                plain = _is_plain_rope(rotary_emb, self.qk_rope_head_dim)
-                self._plain_rope[rotary_emb] = plain
-            if not plain:
-                return "rotary embedding"
-            if cos_sin_cache.dtype != torch.float32:
-                return "cosines not in float32"
-        pool = forward_batch.token_to_kv_pool
-        if self._pool_checked[0] is not pool:
-            self._pool_checked = (pool, _pool_producer(pool))
-        producer = self._pool_checked[1]
-        if producer is None:
-            return "KV pool"
-        if producer == COMPOSED and (lack := self._composed_lack()):
-            return f"KV pool {lack}"
         return None
-
-    def _prefill_scale_invs(self, layer: RadixAttention) -> tuple[float, float]:
-        """(1 / k_scale, 1 / v_scale) of the checkpoint."""
-        k_scale, v_scale = layer.k_scale_float, layer.v_scale_float
-        k_scale = 1.0 if k_scale is None else k_scale
-        v_scale = 1.0 if v_scale is None else v_scale
-        if k_scale == 1.0 and v_scale == 1.0:
-            return 1.0, 1.0
-        if not self.prefill_kernel_has_kv_scales:
-            # An AssertionError as from the kernel call, but before anything is written.
-            raise AssertionError(
-                f"{type(self).__name__}: the prefill kernel takes no K or V scale, but "
-                f"layer {layer.layer_id} has k_scale_float={k_scale} and "
-                f"v_scale_float={v_scale}; both must be 1.0, or choose "
-                "--attention-backend trtllm_mla"
-            )
-        return 1.0 / k_scale, 1.0 / v_scale
 
     def prepare_prefill_qkv(
         self,
@@ -406,81 +378,70 @@ class MLAFP8PrefillMixin:
         K and V are divided by the checkpoint's k_scale and v_scale; q and the cache
         rows are unscaled. Rows past the batch's real tokens are prepared like any.
         """
-        if self._prefill_off is not None:
+        if self._process_reason is not None:
             return None
         rotary_emb = layer.rotary_emb
-        cos_sin_cache = getattr(rotary_emb, "cos_sin_cache", None)
-        reason = self._batch_decline(
-            q, positions, rotary_emb, cos_sin_cache, forward_batch
-        )
+        _, reason, producer = self._decide(forward_batch)
+        if reason is None and not (
+            rotary_emb is None or _is_plain_rope(rotary_emb, self.qk_rope_head_dim)
+        ):
+            reason = "rotary embedding"
         if reason is not None:
-            # Once for all layers of the batch.
-            if self._declined is not self.forward_prefill_metadata:
-                self._declined = self.forward_prefill_metadata
-                self.prefill_declines[reason] += 1
+            name = type(self).__name__
+            _log_once(f"{name}: FP8 prefill preparation declines a batch: {reason}")
             return None
-        attn = layer.attn_mha
-        k_scale_inv, v_scale_inv = self._prefill_scale_invs(attn)
-        pool, producer = self._pool_checked
-        is_neox = rotary_emb is not None and rotary_emb.is_neox_style
-        cache_loc = forward_batch.out_cache_loc
-        if self._check_prefill_indices:
-            if producer == FUSED:
-                slots = pool.get_key_buffer(attn.layer_id).shape[0]
-                _check_indices("out_cache_loc", cache_loc, slots, attn.layer_id)
-            if cos_sin_cache is not None:
-                limit = cos_sin_cache.shape[0]
-                _check_indices("positions", positions, limit, attn.layer_id)
-
+        attn, cache_loc = layer.attn_mha, forward_batch.out_cache_loc
+        pool = forward_batch.token_to_kv_pool
+        scale_invs = self._prefill_scale_invs(attn)
         nope = layer.qk_nope_head_dim
         kv = layer.kv_b_proj(kv_a)[0]
-        kv = kv.view(-1, layer.num_local_heads, nope + layer.v_head_dim)
-        if producer == FUSED and self._prefill_producer == FUSED:
-            return mla_prefill_quantize_fp8(
-                q=q,
-                kv=kv,
-                kv_a=kv_a,
-                k_pe=k_pe,
-                positions=positions,
-                cos_sin_cache=cos_sin_cache,
-                is_neox=is_neox,
-                qk_nope_head_dim=nope,
-                # The accessor waits for a layer that HiCache is still loading.
-                kv_cache=pool.get_key_buffer(attn.layer_id),
-                cache_loc=cache_loc,
-                k_scale_inv=k_scale_inv,
-                v_scale_inv=v_scale_inv,
-            )
-
-        k_nope, v = kv[..., :nope], kv[..., nope:]
-        if cos_sin_cache is None:
-            q_fp8 = fp8_quantize(q)
-            k_fp8, v_fp8 = mla_kv_pack_quantize_fp8(
-                k_nope, k_pe, v, k_scale_inv, v_scale_inv
-            )
-            k_pe_fp8 = fp8_quantize(k_pe)
-        else:
-            rope = (cos_sin_cache, positions, is_neox)
-            q_fp8, k_fp8 = self._fused_rope_fp8_quantize(
-                q, k_nope, k_pe, *rope, k_scale_inv
-            )
-            v_fp8 = fp8_quantize(v, v_scale_inv)
-            # The cache wants k_pe rotated and unscaled, as any head of an unscaled K has
-            # it.
-            k_cached = k_fp8
-            if k_scale_inv != 1.0:
-                _, k_cached = self._fused_rope_fp8_quantize(
-                    q[:, :1], k_nope[:, :1], k_pe, *rope
-                )
-            k_pe_fp8 = k_cached[:, :1, nope:]
-        num_cached = cache_loc.shape[0]
-        pool.set_mla_kv_buffer(
-            attn,
-            cache_loc,
-            fp8_quantize(kv_a[:num_cached]).unsqueeze(1),
-            k_pe_fp8[:num_cached],
+        inputs = dict(
+            q=q,
+            kv=kv.view(-1, layer.num_local_heads, nope + layer.v_head_dim),
+            kv_a=kv_a,
+            k_pe=k_pe,
+            positions=positions,
+            cos_sin_cache=None if rotary_emb is None else rotary_emb.cos_sin_cache,
+            is_neox=rotary_emb is not None and rotary_emb.is_neox_style,
         )
-        return q_fp8, k_fp8, v_fp8
+        if producer == FUSED:
+            return mla_prefill_quantize_fp8(
+                **inputs,
+                qk_nope_head_dim=nope,
+                kv_cache=_kv_buffer(pool, attn.layer_id),
+                cache_loc=cache_loc,
+                k_scale_inv=scale_invs[0],
+                v_scale_inv=scale_invs[1],
+            )
+        *qkv, latent, k_pe = self._prepare_composed(**inputs, scale_invs=scale_invs)
+        num_cached = cache_loc.shape[0]
+        pool.set_mla_kv_buffer(attn, cache_loc, latent[:num_cached], k_pe[:num_cached])
+        return tuple(qkv)
+
+    def _prepare_composed(
+        self, q, kv, kv_a, k_pe, positions, cos_sin_cache, is_neox, scale_invs
+    ) -> tuple[torch.Tensor, ...]:
+        """FP8 q, k, v and the cache rows' latent [s, 1, lora] and k_pe [s, 1, rope], of
+        the arguments of ``mla_prefill_quantize_fp8``."""
+        k_scale_inv, v_scale_inv = scale_invs
+        nope = self.qk_nope_head_dim
+        k_nope, v = kv[..., :nope], kv[..., nope:]
+        latent_fp8 = fp8_quantize(kv_a).unsqueeze(1)
+        if cos_sin_cache is None:
+            packed = mla_kv_pack_quantize_fp8(k_nope, k_pe, v, k_scale_inv, v_scale_inv)
+            return fp8_quantize(q), *packed, latent_fp8, fp8_quantize(k_pe)
+        rope = (cos_sin_cache, positions, is_neox)
+        q_fp8, k_fp8 = self._fused_rope_fp8_quantize(
+            q, k_nope, k_pe, *rope, k_scale_inv
+        )
+        # The cache wants k_pe rotated and unscaled, as any head of an unscaled K has it.
+        k_unscaled = k_fp8
+        if k_scale_inv != 1.0:
+            _, k_unscaled = self._fused_rope_fp8_quantize(
+                q[:, :1], k_nope[:, :1], k_pe, *rope
+            )
+        v_fp8 = fp8_quantize(v, v_scale_inv)
+        return q_fp8, k_fp8, v_fp8, latent_fp8, k_unscaled[:, :1, nope:]
 
     def _fused_rope_fp8_quantize(
         self,
@@ -499,8 +460,6 @@ class MLAFP8PrefillMixin:
         """
         q_fp8 = q.new_empty(q.shape, dtype=FP8)
         k_fp8 = torch.empty_like(q_fp8)
-        if q.shape[0] == 0:
-            return q_fp8, k_fp8
         parts = [k_nope.shape[-1], k_pe.shape[-1]]
         q_nope, q_pe = q.split(parts, dim=-1)
         q_nope_fp8, q_pe_fp8 = q_fp8.split(parts, dim=-1)
@@ -525,28 +484,20 @@ class MLAFP8PrefillMixin:
         return q_fp8, k_fp8
 
     def pack_prefix_chunk_kv(
-        self, k_nope, k_pe, v, layer: Optional[RadixAttention] = None
+        self,
+        k_nope: torch.Tensor,
+        k_pe: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """FP8 (k, v), contiguous, of a prefix chunk; k_pe is rotated already.
 
         k_nope [n, h, nope], k_pe [n, 1, rope], v [n, h, v]; k and v are divided by the
         layer's k_scale and v_scale.
         """
-        scale_invs = (1.0, 1.0) if layer is None else self._prefill_scale_invs(layer)
-        return mla_kv_pack_quantize_fp8(k_nope, k_pe, v, *scale_invs)
-
-    def _fixup_zero_kv_rows(self, out, lse, kv_lens, cum_seq_lens, max_seq_len):
-        """``fixup_zero_kv_rows`` for any number of heads: out = 0 and lse = -inf in the
-        rows of requests without keys. Its 16-byte writes of lse fault on head counts
-        that are no multiple of four."""
-        if lse.shape[1] % 4 == 0:
-            fixup_zero_kv_rows(out, lse, kv_lens, cum_seq_lens, max_seq_len)
-            return
-        rows = torch.repeat_interleave(
-            kv_lens == 0, cum_seq_lens.diff(), output_size=self.num_prefill_tokens
+        return mla_kv_pack_quantize_fp8(
+            k_nope, k_pe, v, *self._prefill_scale_invs(layer)
         )
-        out[: rows.shape[0]].masked_fill_(rows[:, None, None], 0)
-        lse[: rows.shape[0]].masked_fill_(rows[:, None], -torch.inf)
 
     def _run_padded_prefill_kernel(self, **kwargs):
         """``_run_prefill_kernel``, which leaves the rows of data-parallel padding

@@ -122,21 +122,22 @@ def prepare(config, layers: Sequence[Layer], prompts, producer: str):
     layer."""
     import mla_harness as harness
 
+    from sglang.jit_kernel.tests.fp8_reference import MLADims
     from sglang.srt.environ import envs
 
-    dims = harness.Dims(
-        config.num_attention_heads,
-        config.qk_nope_head_dim,
-        config.qk_rope_head_dim,
-        config.v_head_dim,
-        config.kv_lora_rank,
-        q_lora=config.q_lora_rank,
-        hidden=config.hidden_size,
+    dims = MLADims(
+        heads=config.num_attention_heads,
+        nope=config.qk_nope_head_dim,
+        rope=config.qk_rope_head_dim,
+        v=config.v_head_dim,
+        lora=config.kv_lora_rank,
     )
     with envs.SGLANG_MLA_FP8_PREFILL.override(producer):
         env = harness.make_env(
             dims,
             "trtllm_mla",
+            q_lora=config.q_lora_rank,
+            hidden=config.hidden_size,
             slots=-(-sum(prompts) // 64) * 64,
             max_context=max(prompts),
         )
@@ -144,15 +145,14 @@ def prepare(config, layers: Sequence[Layer], prompts, producer: str):
     for layer in layers:
         for name, weight in env.attn.named_parameters():
             weight.data.copy_(layer.weights[name])
-        batch = harness.make_batch(env, prompts, hidden=layer.hidden)
-        result, definition = (
-            run(env, batch) for run in (harness.run_prefill, harness.expected)
-        )
+        batch = harness.make_batch(env, prompts)
+        batch.hidden = layer.hidden
+        result = harness.run_prefill(env, batch)
         (call,) = result.calls
-        rows = result.rows(batch.out_cache_loc).view(env.pool.dtype)
+        rows = result.cache[batch.out_cache_loc, 0].view(env.pool.dtype)
         for found, operands in (
             (prepared, (call.q, call.k, call.v, rows)),
-            (exact, (definition.q, definition.k, definition.v, definition.rows)),
+            (exact, harness.expected(env, batch)),
         ):
             output = attend(*operands[:3], prompts, env.attn.scaling)
             found.append(Prepared(*operands, output))

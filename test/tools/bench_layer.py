@@ -38,17 +38,17 @@ def free(attn, inputs, hidden) -> None:
 
     outputs = dict(
         q_a_layernorm=None,  # what it is given
-        q_b_proj=(inputs.q.flatten(1), None),
-        kv_a_layernorm=inputs.kv_a,
-        kv_b_proj=(inputs.kv.flatten(1), None),
+        q_b_proj=(inputs["q"].flatten(1), None),
+        kv_a_layernorm=inputs["kv_a"],
+        kv_b_proj=(inputs["kv"].flatten(1), None),
         o_proj=(hidden, None),
     )
     for name, output in outputs.items():
         getattr(attn, name).forward = lambda x, *_, output=output, **__: (
             x if output is None else output
         )
-    q_latent = torch.zeros_like(inputs.q[:, 0, :1]).expand(-1, attn.q_lora_rank)
-    latent = torch.cat([q_latent, inputs.kv_a, inputs.k_pe.squeeze(1)], dim=-1)
+    kv_a, k_pe = inputs["kv_a"], inputs["k_pe"].squeeze(1)
+    latent = torch.cat([kv_a.new_zeros(len(kv_a), attn.q_lora_rank), kv_a, k_pe], -1)
     attn.prepare_qkv_latent = lambda *_: latent
 
 
@@ -79,13 +79,15 @@ def make_layer(heads, tokens, chunks=0, producer="fused"):
     batch."""
     import mla_harness as harness
 
+    from sglang.jit_kernel.tests.fp8_reference import MODELS
     from sglang.srt.environ import envs
 
     size = max(tokens * (chunks + 2), 64)
     with envs.SGLANG_MLA_FP8_PREFILL.override(producer):
         env = harness.make_env(
-            harness.Dims.deepseek_v3(heads=heads),
+            MODELS["deepseek-v3"]._replace(heads=heads),
             "trtllm_mla",
+            q_lora=1536,
             slots=-(-size // 64) * 64,
             max_context=size,
         )

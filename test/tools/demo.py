@@ -54,27 +54,21 @@ def show_patch(target) -> None:
 
 
 def prefill(backend: str, producer: str, heads: int, lens: list[int]):
-    """A layer's operands and cache rows by name, those of the definition, and its
-    output."""
+    """A layer's operands and cache rows, the same in float64, and its output."""
     import mla_harness as harness
 
+    from sglang.jit_kernel.tests.fp8_reference import MODELS
     from sglang.srt.environ import envs
 
+    dims = MODELS["deepseek-v3"]._replace(heads=heads)
     with envs.SGLANG_MLA_FP8_PREFILL.override(producer):
-        env = harness.make_env(
-            harness.Dims.deepseek_v3(heads=heads),
-            backend,
-            slots=8192,
-            max_context=4096,
-        )
+        env = harness.make_env(dims, backend, q_lora=1536, slots=8192, max_context=4096)
     batch = harness.make_batch(env, lens)
     result = harness.run_prefill(env, batch)
     exact = harness.expected(env, batch)
     (call,) = result.calls
-    rows = result.rows(batch.out_cache_loc).view(env.pool.dtype)
-    operands = {"q": call.q, "k": call.k, "v": call.v, "cache row": rows}
-    wanted = dict(zip(operands, (exact.q, exact.k, exact.v, exact.rows)))
-    return operands, wanted, result.output
+    rows = result.cache[batch.out_cache_loc, 0].view(env.pool.dtype)
+    return exact._replace(q=call.q, k=call.k, v=call.v, rows=rows), exact, result.output
 
 
 def show_layers() -> None:
@@ -88,16 +82,16 @@ def show_layers() -> None:
         heads, lens, where = 128, [3000, 1096], torch.cuda.get_device_name()
     for backend in BACKENDS:
         with step(f"SGLang prefills a layer, {backend}, unpatched and patched"):
-            before, wanted, output_before = prefill(backend, "off", heads, lens)
+            before, exact, output_before = prefill(backend, "off", heads, lens)
             after, _, output = prefill(backend, "fused", heads, lens)
         print(
             f"\n{backend}: DeepSeek-V3's dimensions, {sum(lens)} tokens, on {where}\n"
         )
         rows = []
-        for name, exact in wanted.items():
-            old, new = (fp8_difference(x[name], exact) for x in (before, after))
+        for name, old, new, wanted in zip(exact._fields, before, after, exact):
+            old, new = (fp8_difference(x, wanted) for x in (old, new))
             shares = (f"{1 - x.differing / x.elements:.5%}" for x in (old, new))
-            rows.append([name, list(exact.shape), *shares, new.max_ulps])
+            rows.append([name, list(wanted.shape), *shares, new.max_ulps])
         header = ["", "shape", "equal to float64: unpatched", "patched", "steps off"]
         print(tabulate(rows, header, disable_numparse=True))
         error = harness.relative_error(output, output_before)

@@ -40,18 +40,16 @@ bench-check: $(READY)
 	$(BENCH) --quick --check docs/bench/mla_fp8_prefill.csv
 
 # On a GPU: real servers, patched against unpatched, as OUT/README.md. GPUS=0,1 with the
-# two-GPU part; ONLY="compare load" for some sections; QUICK=1 for fewer prompts.
+# two-GPU part; ONLY="compare load" for some sections; QUICK=1 for a few minutes' worth.
 e2e: OUT = e2e-results
 e2e: $(READY)
 	PYTHONPATH=test/tools:test/support:test:.:$$PYTHONPATH $(RUN) -m e2e --sglang $(SGLANG) --gpus $(GPUS) \
 		--out $(OUT) $(if $(ONLY),--only $(ONLY)) $(if $(QUICK),--quick)
 
-# On a GPU host: the error against float64 of q, k, v, cache row and attention, as
-# docs/accuracy.md. QUICK=1 for a check of the report itself, without a GPU too.
+# On a GPU: the error against float64 of q, k, v, cache row and attention, as the table
+# of docs/accuracy.md. QUICK=1 needs no GPU.
 accuracy: $(READY)
-	@$(if $(VENV),$(PIP) install '.[bench]')
-	$(RUN) test/tools/accuracy.py --sglang $(SGLANG) --out docs/accuracy \
-		--e2e docs/e2e/results.json $(if $(QUICK),--quick)
+	$(RUN) test/tools/accuracy.py --sglang $(SGLANG) $(if $(QUICK),--quick)
 
 # What is generated from the tests.
 docs: $(READY)
@@ -59,7 +57,6 @@ docs: $(READY)
 	cp .build/batches.md docs/batches.md
 
 lint: $(READY)
-	@$(PIP) install '.[lint]'
 	$(RUN) -m isort --check $(SOURCES)
 	$(RUN) -m black --check $(SOURCES)
 	$(RUN) -m ruff check --select=F401 $(SOURCES)

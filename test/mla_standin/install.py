@@ -14,8 +14,8 @@ from mla_standin import kernels
 def tokenspeed_module() -> ModuleType:
     """The part of the package tokenspeed_mla 0.1.1 that SGLang uses."""
     package = ModuleType("tokenspeed_mla", kernels.__doc__)
-    package.__spec__ = ModuleSpec("tokenspeed_mla", loader=None, is_package=True)
-    package.__path__ = []
+    # Without one, importlib.util.find_spec raises.
+    package.__spec__ = ModuleSpec("tokenspeed_mla", loader=None)
     prefill = package.mla_prefill = ModuleType("tokenspeed_mla.mla_prefill")
     prefill._compiled_kernels = kernels.compiled_kernels
     prefill._compile_prefill_kernel = kernels.compile_prefill_kernel
@@ -30,8 +30,6 @@ def tokenspeed_module() -> ModuleType:
 def install() -> None:
     """Must run in every process of the server before SGLang loads its backends: at the
     top level of the main module, which SGLang's workers, being spawned, import too."""
-    if isinstance(sys.modules.get("tokenspeed_mla"), ModuleType):
-        return
     package = tokenspeed_module()
     sys.modules["tokenspeed_mla"] = package
     sys.modules["tokenspeed_mla.mla_prefill"] = package.mla_prefill

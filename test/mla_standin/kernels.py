@@ -1,19 +1,18 @@
 """Stands in for the attention kernels of tokenspeed_mla 0.1.1 and for FlashInfer's two
-trtllm-gen MLA entry points, which run on SM100 GPUs only: their call signatures, in
-plain torch, from the definition of attention.
+trtllm-gen MLA entry points, which run on SM100 GPUs only: in plain torch, from the
+definition of attention.
 
 What the real kernels would reject or misread (dtype, layout, alignment, shape) is
 refused; what they leave unwritten holds NaN; what they were handed is recorded. One
-request is computed at a time, so that its result does not depend on its batch.
+request is computed at a time, so that its result does not depend on its batch. The
+signatures are of what SGLang passes, by keyword; any other argument is a TypeError.
 
 Environment, read at import:
-    STANDIN_RECORD        folder for record-<pid>.json, see `Record`
-    STANDIN_ANY_HEAD_DIM  "1": accept head dimensions that the real kernels have no
-                          code for
-    STANDIN_LSE           "natural": trtllm-gen's log-sum-exp in base e, as SGLang
-                          merges it, instead of the base 2 that the kernel returns
-    STANDIN_COMPUTE       "none": leave the output as it is, unchecked, without a
-                          wait for the device: to time everything but attention
+    STANDIN_RECORD   folder for record-<pid>.json, see `Record`
+    STANDIN_LSE      "natural": trtllm-gen's log-sum-exp in base e, as SGLang merges it,
+                     instead of the base 2 that the kernel returns
+    STANDIN_COMPUTE  "none": leave the output as it is, unchecked, without a wait for the
+                     device: to time everything but attention
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ import json
 import math
 import os
 import time
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Optional, Sequence
 
@@ -38,6 +36,7 @@ RANGE = "standin"
 CAUSAL, PREFIX_CHUNK, DECODE = (
     f"{RANGE}.{part}" for part in ("causal", "prefix_chunk", "decode")
 )
+_range = torch.autograd.profiler.record_function
 
 
 @dataclass
@@ -45,12 +44,12 @@ class Settings:
     """How the stand-ins behave in this process."""
 
     compute: bool = os.environ.get("STANDIN_COMPUTE") != "none"
-    any_head_dim: bool = os.environ.get("STANDIN_ANY_HEAD_DIM") == "1"
     natural_lse: bool = os.environ.get("STANDIN_LSE") == "natural"
+    # Accept head dimensions that the real kernels have no code for.
+    any_head_dim: bool = False
     # float64 for references; float32 is exact about FP8 products and fast enough.
     dtype: torch.dtype = torch.float32
-    poison: float = math.nan
-    # Called with a dict of everything a prefill kernel was handed, before it runs.
+    # Called with a dict of everything a prefill kernel was handed, before it is checked.
     listener: Optional[Callable[[dict[str, Any]], None]] = None
 
 
@@ -62,7 +61,7 @@ class Record:
 
     {"calls": [{"kernel", "q_dtype", …, "count", "tokens"}, …],
      "nan": {"q": n, "k": n, "v": n, "out": n},  elements of real tokens
-     "compiled": […], "late_compiles": […]}
+     "late_compiles": […]}  by a request, not at start
 
     Written when something new is seen, and at a call more than RECORD_EVERY seconds after
     the last writing, without that call's own NaN.
@@ -70,47 +69,40 @@ class Record:
 
     def __init__(self, folder: Optional[str]):
         self.path = folder and Path(folder, f"record-{os.getpid()}.json")
-        self.calls: Counter = Counter()
-        self.tokens: Counter = Counter()
-        self.compiled: list[tuple] = []
+        self.calls: dict[tuple, list[int]] = {}
         self.late_compiles: list[tuple] = []
-        self._nan: Optional[torch.Tensor] = None
+        self._nan: dict[str, torch.Tensor] = {}
         self._written = 0.0
-
-    NAN_KINDS = ("q", "k", "v", "out")
 
     def add(self, tokens: int, **what) -> None:
         key = tuple(what.items())
         new = key not in self.calls
-        self.calls[key] += 1
-        self.tokens[key] += tokens
+        total = self.calls.setdefault(key, [0, 0])
+        total[0] += 1
+        total[1] += tokens
         if new or time.monotonic() - self._written > RECORD_EVERY:
             self.write()
 
     def count_nan(self, **tensors: torch.Tensor) -> None:
         for kind, x in tensors.items():
-            if self._nan is None:
-                n = len(self.NAN_KINDS)
-                self._nan = torch.zeros(n, dtype=torch.int64, device=x.device)
             if x.dtype in FP8_DTYPES:
                 limit = 0x7F if x.dtype == torch.float8_e4m3fn else 0x7D
                 found = (x.view(torch.uint8) & 0x7F) >= limit
             else:
                 found = x.isnan()
-            self._nan[self.NAN_KINDS.index(kind)] += found.sum()
+            # Stays on the device: no wait.
+            self._nan[kind] = self._nan.get(kind, 0) + found.sum()
 
     def write(self) -> None:
         self._written = time.monotonic()
         if not self.path:
             return
-        nan = [0] * len(self.NAN_KINDS) if self._nan is None else self._nan.tolist()
         content = {
             "calls": [
-                {**dict(key), "count": n, "tokens": self.tokens[key]}
-                for key, n in self.calls.items()
+                {**dict(key), "count": count, "tokens": tokens}
+                for key, (count, tokens) in self.calls.items()
             ],
-            "nan": dict(zip(self.NAN_KINDS, nan)),
-            "compiled": [[str(x) for x in config] for config in self.compiled],
+            "nan": {kind: int(count) for kind, count in self._nan.items()},
             "late_compiles": [[str(x) for x in c] for c in self.late_compiles],
         }
         part = self.path.with_suffix(".part")
@@ -169,174 +161,123 @@ def ragged_attention(
     return out, lse
 
 
-def paged_attention(
-    query: torch.Tensor,
-    cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    seq_lens: Sequence[int],
-    kv_lora_rank: int,
-    scale: float,
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """Latent attention over a paged cache, computed in `dtype`.
-
-    query [b, n, h, lora + rope], cache [pages, page_size, lora + rope]; the n queries
-    of a request are its last n positions. Returns [b, n, h, lora]; rows without keys
-    hold the poison.
-    """
-    b, n, heads, width = query.shape
-    shape = (b, n, heads, kv_lora_rank)
-    out = query.new_full(shape, SETTINGS.poison, dtype=dtype)
-    page_size = cache.shape[1]
-    for i, length in enumerate(seq_lens):
-        if length <= 0:
-            continue
-        pages = block_tables[i, : -(-length // page_size)].long()
-        rows = cache[pages].reshape(-1, width)[:length].to(dtype)
-        logits = query[i].to(dtype).reshape(n * heads, width) @ rows.T
-        logits = logits.view(n, heads, length).mul_(scale)
-        if n > 1:
-            seen = torch.ones(n, length, dtype=torch.bool, device=query.device)
-            seen = seen.tril_(length - n)
-            logits.masked_fill_(~seen.unsqueeze(1), -math.inf)
-        out[i] = torch.softmax(logits, dim=-1) @ rows[:, :kv_lora_rank]
-    return out
-
-
-_range = torch.autograd.profiler.record_function
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _new(like: torch.Tensor, shape: tuple, dtype: torch.dtype) -> torch.Tensor:
     """An output nobody has written yet."""
     if not SETTINGS.compute:
         return like.new_empty(shape, dtype=dtype)
-    return like.new_full(shape, SETTINGS.poison, dtype=dtype)
+    return like.new_full(shape, math.nan, dtype=dtype)
 
 
-def _refuse(kernel: str, what: str) -> None:
-    raise ValueError(f"{kernel}: the real kernel would not take {what}")
+def _dtypes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, str]:
+    return {
+        f"{label}_dtype": str(x.dtype).removeprefix("torch.")
+        for label, x in zip("qkv", (q, k, v))
+    }
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(f"the real kernel would not take {otherwise}")
 
 
 def _check_operands(
-    kernel: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head_dims: Sequence[tuple]
 ) -> None:
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(
-            f"{kernel}: the real kernel reads all operands as q's type and would take "
-            f"other bytes for it: got {q.dtype}, {k.dtype}, {v.dtype}"
-        )
+    # It reads all as q's type: other bytes would pass for it.
+    dtypes = f"{q.dtype}, {k.dtype}, {v.dtype}"
+    _require(q.dtype == k.dtype == v.dtype, f"query, key and value of {dtypes}")
     for label, x in (("query", q), ("key", k), ("value", v)):
-        if x.dim() != 3:
-            _refuse(kernel, f"{label} of shape {tuple(x.shape)}, not [tokens, h, d]")
+        shape, strides = tuple(x.shape), x.stride()
+        _require(x.dim() == 3, f"{label} of shape {shape}: [tokens, h, d]")
         if x.numel() == 0:
             continue
-        if x.stride(-1) != 1:
-            _refuse(kernel, f"{label} with stride {x.stride(-1)} in its last dimension")
-        # Its tiles are read by TMA, which wants 16-byte addresses and strides.
-        steps = [s * x.element_size() for n, s in zip(x.shape, x.stride()) if n > 1]
-        # Head dimensions that the kernel has no code for may make odd strides.
-        uneven = any(step % 16 for step in steps[:-1]) and not SETTINGS.any_head_dim
-        if x.data_ptr() % 16 or uneven:
-            _refuse(kernel, f"{label} at {x.data_ptr():#x}, strides {x.stride()}")
-    if k.shape[:2] != v.shape[:2] or q.shape[1:] != k.shape[1:]:
-        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-        _refuse(kernel, f"query, key and value of shapes {shapes}")
+        _require(strides[2] == 1, f"{label} with last stride {strides[2]}: 1")
+        # Its tiles are read by TMA, which wants 16-byte addresses and strides. Head
+        # dimensions that the kernel has no code for may make odd strides.
+        steps = [s * x.element_size() for n, s in zip(shape[:2], strides) if n > 1]
+        even = SETTINGS.any_head_dim or not any(step % 16 for step in steps)
+        aligned = even and x.data_ptr() % 16 == 0
+        _require(aligned, f"{label} at {x.data_ptr():#x}, strides {strides}")
+    fit = k.shape[:2] == v.shape[:2] and q.shape[1:] == k.shape[1:]
+    shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+    _require(fit, f"query, key and value of shapes {shapes}")
+    dims = (q.shape[2], v.shape[2])
+    known = SETTINGS.any_head_dim or dims in head_dims
+    _require(known, f"head dimensions {dims}: {head_dims}")
 
 
 def _check_lens(
-    kernel: str, q, k, cu_q: list[int], cu_kv: list[int], batch_size: int, max_q, max_kv
+    label: str, cu: list[int], rows: int, batch_size: int, longest: int
 ) -> None:
-    for label, cu, rows, longest in (
-        ("cum_seq_lens_q", cu_q, q.shape[0], max_q),
-        ("cum_seq_lens_kv", cu_kv, k.shape[0], max_kv),
-    ):
-        lens = [b - a for a, b in zip(cu, cu[1:])]
-        if len(lens) != batch_size or cu[0] != 0 or min(lens, default=0) < 0:
-            _refuse(kernel, f"{label} {cu} for a batch of {batch_size}")
-        if cu[-1] > rows:
-            _refuse(kernel, f"{label} that ends at {cu[-1]} with {rows} rows")
-        if longest < max(lens, default=0):
-            _refuse(kernel, f"a longest request of {longest} for {label} {cu}")
+    lens = [b - a for a, b in zip(cu, cu[1:])]
+    rising = len(lens) == batch_size and cu[0] == 0 and min(lens, default=0) >= 0
+    _require(rising, f"{label} {cu} for a batch of {batch_size}")
+    _require(cu[-1] <= rows, f"{label} that ends at {cu[-1]} with {rows} rows")
+    enough = longest >= max(lens, default=0)
+    _require(enough, f"a longest request of {longest} for {label} {cu}")
 
 
-@dataclass
-class _Prefill:
-    """One call of a prefill kernel, checked and recorded."""
-
-    kernel: str
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    cum_seq_lens_q: torch.Tensor
-    cum_seq_lens_kv: torch.Tensor
-    batch_size: int
-    max_q: int
-    max_kv: int
-    causal: bool
-    return_lse: bool
-    bmm1_scale: float
-    bmm2_scale: float
-    arguments: dict[str, Any]
-    cu_q: list[int] = field(init=False)
-    cu_kv: list[int] = field(init=False)
-
-    def __post_init__(self):
-        if not SETTINGS.compute:
-            return
-        q, k, v = self.q, self.k, self.v
-        # One wait for the device, for all of what has to be known here.
-        cu = torch.stack([self.cum_seq_lens_q, self.cum_seq_lens_kv]).tolist()
-        self.cu_q, self.cu_kv = cu
-        lens = [b - a for a, b in zip(self.cu_kv, self.cu_kv[1:])]
-        RECORD.add(
-            self.cu_q[-1],
-            kernel=self.kernel,
-            q_dtype=_name(q.dtype),
-            k_dtype=_name(k.dtype),
-            v_dtype=_name(v.dtype),
-            contiguous=all(x.is_contiguous() for x in (q, k, v)),
-            heads=q.shape[1],
-            causal=self.causal,
-            return_lse=self.return_lse,
-            bmm2_scale=self.bmm2_scale,
-            padded=q.shape[0] > self.cu_q[-1],
-            requests_without_keys=0 in lens,
+def _prefill(
+    kernel: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cum_seq_lens_q: torch.Tensor,
+    cum_seq_lens_kv: torch.Tensor,
+    *,
+    head_dims: Sequence[tuple],
+    batch_size: int,
+    max_q: int,
+    max_kv: int,
+    causal: bool,
+    bmm1_scale: float,
+    bmm2_scale: float,
+    return_lse: bool,
+    out: Optional[torch.Tensor] = None,
+) -> Optional[tuple[torch.Tensor, torch.Tensor]]:
+    """Records, checks and computes one call of a prefill kernel: output and natural
+    log-sum-exp of the real rows, or None where nothing is to be computed."""
+    if not SETTINGS.compute:
+        return None
+    # One wait for the device, for all of what has to be known here.
+    cu_q, cu_kv = torch.stack([cum_seq_lens_q, cum_seq_lens_kv]).tolist()
+    n, n_kv = cu_q[-1], cu_kv[-1]
+    RECORD.add(
+        n,
+        kernel=kernel,
+        **_dtypes(q, k, v),
+        contiguous=all(x.is_contiguous() for x in (q, k, v)),
+        causal=causal,
+        bmm2_scale=bmm2_scale,
+        padded=q.shape[0] > n,
+        requests_without_keys=any(a == b for a, b in zip(cu_kv, cu_kv[1:])),
+    )
+    if SETTINGS.listener is not None:
+        SETTINGS.listener(
+            dict(
+                kernel=kernel,
+                q=q,
+                k=k,
+                v=v,
+                cu_q=cu_q,
+                cu_kv=cu_kv,
+                causal=causal,
+                return_lse=return_lse,
+                bmm1_scale=bmm1_scale,
+                bmm2_scale=bmm2_scale,
+                arguments={"out": out},
+            )
         )
-        if SETTINGS.listener is not None:
-            SETTINGS.listener({name: getattr(self, name) for name in self.__dict__})
-        _check_operands(self.kernel, q, k, v)
-        _check_lens(
-            self.kernel,
-            q,
-            k,
-            self.cu_q,
-            self.cu_kv,
-            self.batch_size,
-            self.max_q,
-            self.max_kv,
-        )
-
-    def compute(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output and natural log-sum-exp of the real rows."""
-        n, n_kv = self.cu_q[-1], self.cu_kv[-1]
-        RECORD.count_nan(q=self.q[:n], k=self.k[:n_kv], v=self.v[:n_kv])
-        out, lse = ragged_attention(
-            self.q,
-            self.k,
-            self.v,
-            self.cu_q,
-            self.cu_kv,
-            self.bmm1_scale,
-            self.causal,
-            SETTINGS.dtype,
-        )
-        out *= self.bmm2_scale
-        RECORD.count_nan(out=out)
-        return out, lse
+    _check_operands(q, k, v, head_dims)
+    _check_lens("cum_seq_lens_q", cu_q, len(q), batch_size, max_q)
+    _check_lens("cum_seq_lens_kv", cu_kv, len(k), batch_size, max_kv)
+    RECORD.count_nan(q=q[:n], k=k[:n_kv], v=v[:n_kv])
+    result, lse = ragged_attention(
+        q, k, v, cu_q, cu_kv, bmm1_scale, causal, SETTINGS.dtype
+    )
+    result *= bmm2_scale
+    RECORD.count_nan(out=result)
+    return result, lse
 
 
 # The tokenspeed kernels that are built, by what they are specialized for.
@@ -344,16 +285,14 @@ compiled_kernels: dict[tuple, tuple] = {}
 
 
 def compile_prefill_kernel(
-    q_dtype, qk, v, causal, return_lse, use_pdl=False, enable_ex2_emulation=True
+    q_dtype, qk, v, causal, return_lse, use_pdl, enable_ex2_emulation
 ):
-    """Notes what the real function would compile, which takes it minutes."""
-    config = (q_dtype, qk, v, causal, return_lse, use_pdl, enable_ex2_emulation)
-    RECORD.compiled.append(config)
-    RECORD.write()
-    return config
+    """Stands in for a compilation, which takes the real package minutes."""
+    return (q_dtype, qk, v, causal, return_lse, use_pdl, enable_ex2_emulation)
 
 
 def tokenspeed_mla_prefill(
+    *,
     query,
     key,
     value,
@@ -362,55 +301,51 @@ def tokenspeed_mla_prefill(
     max_seq_len,
     batch_size,
     softmax_scale,
-    is_causal=True,
-    return_lse=False,
-    cum_seq_lens_q=None,
-    max_seq_len_q=None,
-    enable_pdl=False,
+    is_causal,
+    return_lse,
+    cum_seq_lens_q,
+    max_seq_len_q,
+    enable_pdl,
 ):
-    """BF16 output, allocated here; natural log-sum-exp; 0 and minus infinity in rows
-    without keys; rows past the real ones left alone."""
+    """Stands in for tokenspeed_mla's ragged prefill.
+
+    BF16 output, allocated here; natural log-sum-exp; 0 and minus infinity in rows
+    without keys; rows past the real ones left alone.
+    """
     with _range(CAUSAL if is_causal else PREFIX_CHUNK):
-        call = _Prefill(
+        computed = _prefill(
             "tokenspeed_mla_prefill",
             query,
             key,
             value,
-            cum_seq_lens if cum_seq_lens_q is None else cum_seq_lens_q,
+            cum_seq_lens_q,
             cum_seq_lens,
-            batch_size,
-            max_seq_len if max_seq_len_q is None else max_seq_len_q,
-            max_seq_len,
-            is_causal,
-            return_lse,
-            float(softmax_scale),
-            1.0,
-            dict(
-                seq_lens=seq_lens,
-                batch_size=batch_size,
-                max_seq_len=max_seq_len,
-                max_seq_len_q=max_seq_len_q,
-                enable_pdl=enable_pdl,
-            ),
+            head_dims=[(192, 128)],
+            batch_size=batch_size,
+            max_q=max_seq_len_q,
+            max_kv=max_seq_len,
+            causal=is_causal,
+            return_lse=return_lse,
+            bmm1_scale=softmax_scale,
+            bmm2_scale=1.0,
         )
         dims = (query.shape[2], value.shape[2])
-        if dims != (192, 128) and not SETTINGS.any_head_dim:
-            _refuse(call.kernel, f"head dimensions {dims}: only (192, 128)")
         config = (query.dtype, *dims, is_causal, return_lse, enable_pdl, False)
         if config not in compiled_kernels:
             compiled_kernels[config] = compile_prefill_kernel(*config)
             RECORD.late_compiles.append(config)
+            RECORD.write()
         shape = (query.shape[0], query.shape[1], value.shape[2])
         out = _new(query, shape, torch.bfloat16)
         lse = _new(query, shape[:2], torch.float32)
-        if SETTINGS.compute:
-            real_out, real_lse = call.compute()
-            out[: call.cu_q[-1]] = real_out
-            lse[: call.cu_q[-1]] = real_lse
+        if computed is not None:
+            n = len(computed[0])
+            out[:n], lse[:n] = computed
         return (out, lse) if return_lse else out
 
 
 def trtllm_ragged_attention_deepseek(
+    *,
     query,
     key,
     value,
@@ -428,58 +363,83 @@ def trtllm_ragged_attention_deepseek(
     enable_pdl,
     is_causal,
     return_lse,
-    attention_sinks=None,
     skip_softmax_threshold_scale_factor=None,
     out=None,
-    lse=None,
 ):
-    """The caller's `out`, if given; base-2 log-sum-exp; rows past the real ones left
-    alone, and NaN in rows without keys, which the caller has to repair."""
+    """Stands in for FlashInfer's entry point of trtllm-gen's ragged prefill.
+
+    The caller's `out`, if given; base-2 log-sum-exp; rows past the real ones left
+    alone, and NaN in rows without keys, which the caller has to repair.
+    """
+    if window_left != -1:
+        raise NotImplementedError("trtllm_ragged_attention_deepseek: a window")
     with _range(CAUSAL if is_causal else PREFIX_CHUNK):
-        call = _Prefill(
+        computed = _prefill(
             "trtllm_ragged_attention_deepseek",
             query,
             key,
             value,
             cum_seq_lens_q,
             cum_seq_lens_kv,
-            batch_size,
-            max_q_len,
-            max_kv_len,
-            is_causal,
-            return_lse,
-            float(bmm1_scale),
-            float(bmm2_scale),
-            dict(
-                seq_lens=seq_lens,
-                batch_size=batch_size,
-                enable_pdl=enable_pdl,
-                o_sf_scale=o_sf_scale,
-                out=out,
-            ),
+            head_dims=[(192, 128), (128, 128)],
+            batch_size=batch_size,
+            max_q=max_q_len,
+            max_kv=max_kv_len,
+            causal=is_causal,
+            return_lse=return_lse,
+            bmm1_scale=float(bmm1_scale),
+            bmm2_scale=float(bmm2_scale),
+            out=out,
         )
-        if attention_sinks is not None or window_left != -1:
-            raise NotImplementedError(f"{call.kernel}: sinks and windows")
-        dims = (query.shape[2], value.shape[2])
-        if dims not in ((192, 128), (128, 128)) and not SETTINGS.any_head_dim:
-            _refuse(call.kernel, f"head dimensions {dims}: (192, 128) or (128, 128)")
         shape = (query.shape[0], query.shape[1], value.shape[2])
         if out is None:
             dtype = torch.bfloat16 if query.dtype in FP8_DTYPES else query.dtype
             out = _new(query, shape, dtype)
-        if tuple(out.shape) != shape or out.dtype in FP8_DTYPES:
-            _refuse(call.kernel, f"out of {out.dtype}, shape {tuple(out.shape)}")
-        if lse is None:
-            lse = _new(query, shape[:2], torch.float32)
-        if SETTINGS.compute:
-            n = call.cu_q[-1]
-            real_out, real_lse = call.compute()
+        fits = tuple(out.shape) == shape and out.dtype not in FP8_DTYPES
+        _require(fits, f"out of {out.dtype}, shape {tuple(out.shape)}")
+        lse = _new(query, shape[:2], torch.float32)
+        if computed is not None:
+            real_out, real_lse = computed
+            n = len(real_out)
             empty = real_lse.isinf()
-            real_out.masked_fill_(empty.unsqueeze(-1), SETTINGS.poison)
-            real_lse.masked_fill_(empty, SETTINGS.poison)
-            out[:n] = real_out
-            lse[:n] = real_lse if SETTINGS.natural_lse else real_lse / math.log(2)
+            out[:n] = real_out.masked_fill_(empty.unsqueeze(-1), math.nan)
+            lse[:n] = real_lse.masked_fill_(empty, math.nan)
+            if not SETTINGS.natural_lse:
+                lse[:n] /= math.log(2)
         return (out, lse) if return_lse else out
+
+
+def _check_decode(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    lora: int,
+    rope: int,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    lens: list[int],
+    max_seq_len: int,
+) -> None:
+    _require(query.dtype == cache.dtype, f"query of {query.dtype} on {cache.dtype}")
+    shapes = f"query and cache of shapes {tuple(query.shape)}, {tuple(cache.shape)}"
+    _require(query.dim() == 4 and cache.dim() == 3, shapes)
+    batch, _, heads, width = query.shape
+    page = cache.shape[1]
+    fits = width == cache.shape[2] == lora + rope
+    _require(fits, f"{shapes} for rows of {lora} + {rope}")
+    known = (lora, rope) == (512, 64) or SETTINGS.any_head_dim
+    _require(known, f"kv_lora_rank {lora} and rope {rope}")
+    _require(page in (32, 64), f"pages of {page} tokens: 32 or 64")
+    _require(heads <= 128, f"{heads} heads: at most 128")
+    dense = cache.is_contiguous() and query.stride(-1) == 1
+    _require(dense, f"strides {query.stride()} and {cache.stride()}")
+    for label, x in (("block_tables", block_tables), ("seq_lens", seq_lens)):
+        fits = x.dtype == torch.int32 and len(x) == batch
+        _require(fits, f"{len(x)} {label} of {x.dtype}: {batch} of int32")
+    longest, pages = max(lens, default=0), block_tables.shape[1]
+    _require(
+        longest <= min(max_seq_len, pages * page),
+        f"a request of {longest} tokens: max_seq_len {max_seq_len}, {pages} pages",
+    )
 
 
 def _decode(
@@ -494,6 +454,9 @@ def _decode(
     scale: float,
     out_scale: float,
 ) -> torch.Tensor:
+    """Latent attention over a paged cache: query [b, n, h, lora + rope], cache [pages,
+    (1,) page size, lora + rope]; the n queries of a request are its last n positions.
+    BF16 [b, n, h, lora], NaN in requests without keys."""
     if not SETTINGS.compute:
         return _new(query, (*query.shape[:3], lora), torch.bfloat16)
     cache = kv_cache.squeeze(1) if kv_cache.dim() == 4 else kv_cache
@@ -501,49 +464,38 @@ def _decode(
     RECORD.add(
         len(lens),
         kernel=kernel,
-        q_dtype=_name(query.dtype),
-        k_dtype=_name(cache.dtype),
-        v_dtype=_name(cache.dtype),
+        **_dtypes(query, cache, cache),
         contiguous=query.is_contiguous() and cache.is_contiguous(),
-        heads=query.shape[2],
     )
-    if query.dtype != cache.dtype:
-        raise TypeError(
-            f"{kernel}: query is {query.dtype}, the cache {cache.dtype}; the real "
-            "kernel takes one type"
-        )
-    width = lora + rope
-    if query.dim() != 4 or query.shape[3] != width or cache.shape[2] != width:
-        shapes = f"{tuple(query.shape)} and {tuple(cache.shape)}"
-        _refuse(kernel, f"query and cache of shapes {shapes} for {width} wide rows")
-    if (lora, rope) != (512, 64) and not SETTINGS.any_head_dim:
-        _refuse(kernel, f"kv_lora_rank {lora} and rope {rope}")
-    if cache.shape[1] not in (32, 64):
-        _refuse(kernel, f"pages of {cache.shape[1]} tokens: 32 or 64")
-    if query.shape[2] > 128:
-        _refuse(kernel, f"{query.shape[2]} heads: at most 128")
-    if not cache.is_contiguous() or query.stride(-1) != 1:
-        _refuse(kernel, f"strides {query.stride()} and {cache.stride()}")
-    if block_tables.dtype != torch.int32 or block_tables.shape[0] != query.shape[0]:
-        what = f"{block_tables.dtype} {tuple(block_tables.shape)}"
-        _refuse(kernel, f"block_tables {what} for a batch of {query.shape[0]}")
-    if seq_lens.dtype != torch.int32 or len(lens) != query.shape[0]:
-        _refuse(kernel, f"{len(lens)} seq_lens of {seq_lens.dtype}")
-    longest = max(lens, default=0)
-    if longest > max_seq_len or longest > block_tables.shape[1] * cache.shape[1]:
-        what = f"max_seq_len {max_seq_len} and {block_tables.shape[1]} pages"
-        _refuse(kernel, f"a request of {longest} tokens with {what}")
-    out = paged_attention(query, cache, block_tables, lens, lora, scale, SETTINGS.dtype)
-    # Rows of requests; those of padding have no keys and hold anything.
+    _check_decode(query, cache, lora, rope, block_tables, seq_lens, lens, max_seq_len)
+    _, n, heads, width = query.shape
+    out = query.new_full((*query.shape[:3], lora), math.nan, dtype=SETTINGS.dtype)
+    # Requests without keys are padding, and hold anything.
     real = [i for i, length in enumerate(lens) if length > 0]
-    if len(real) == len(lens):
-        RECORD.count_nan(q=query, out=out)
-    elif real:
-        RECORD.count_nan(q=query[real], out=out[real])
+    for i in real:
+        pages = block_tables[i, : -(-lens[i] // cache.shape[1])].long()
+        # All heads see the same keys: they are rows of one head here.
+        keys = cache[pages].reshape(-1, 1, width)
+        for j in range(n):
+            seen = max(0, lens[i] - n + 1 + j)
+            k, v = keys[:seen], keys[:seen, :, :lora]
+            rows, _ = ragged_attention(
+                query[i, j].unsqueeze(1),
+                k,
+                v,
+                [0, heads],
+                [0, seen],
+                scale,
+                causal=False,
+                dtype=SETTINGS.dtype,
+            )
+            out[i, j] = rows.squeeze(1)
+    RECORD.count_nan(q=query[real], out=out[real])
     return (out * out_scale).to(torch.bfloat16)
 
 
 def tokenspeed_mla_decode(
+    *,
     query,
     kv_cache,
     workspace_buffer,
@@ -553,21 +505,15 @@ def tokenspeed_mla_decode(
     seq_lens,
     max_seq_len,
     softmax_scale,
-    output_scale=1.0,
-    out=None,
-    is_var_seq=True,
-    causal_mask=True,
-    enable_pdl=False,
+    output_scale,
+    enable_pdl,
 ):
-    """BF16 output [b, n, h, lora]."""
+    """Stands in for tokenspeed_mla's decode."""
+    dtype = workspace_buffer.dtype
+    _require(dtype == torch.int8, f"a workspace of {dtype}: int8")
     with _range(DECODE):
-        kernel = "tokenspeed_mla_decode"
-        if workspace_buffer.dtype != torch.int8:
-            _refuse(kernel, f"a workspace of {workspace_buffer.dtype}: int8")
-        if out is not None or not causal_mask:
-            raise NotImplementedError(f"{kernel}: out and causal_mask=False")
         return _decode(
-            kernel,
+            "tokenspeed_mla_decode",
             query,
             kv_cache,
             kv_lora_rank,
@@ -575,12 +521,13 @@ def tokenspeed_mla_decode(
             block_tables,
             seq_lens,
             max_seq_len,
-            float(softmax_scale),
-            float(output_scale),
+            softmax_scale,
+            output_scale,
         )
 
 
 def trtllm_batch_decode_with_kv_cache_mla(
+    *,
     query,
     kv_cache,
     workspace_buffer,
@@ -590,28 +537,15 @@ def trtllm_batch_decode_with_kv_cache_mla(
     block_tables,
     seq_lens,
     max_seq_len,
-    sparse_mla_top_k=0,
-    out=None,
-    bmm1_scale=1.0,
-    bmm2_scale=1.0,
-    sinks=None,
+    bmm1_scale,
     skip_softmax_threshold_scale_factor=None,
-    enable_pdl=None,
-    backend="auto",
-    is_var_seq=True,
-    uses_shared_paged_kv_idx=True,
 ):
-    """BF16 output [b, n, h, lora]."""
+    """Stands in for FlashInfer's entry point of trtllm-gen's MLA decode."""
+    tokens = block_tables.shape[-1] * kv_cache.shape[-2]
+    _require(tokens % 128 == 0, f"tables of {tokens} tokens: a multiple of 128")
     with _range(DECODE):
-        kernel = "trtllm_batch_decode_with_kv_cache_mla"
-        if sparse_mla_top_k or sinks is not None or out is not None:
-            raise NotImplementedError(f"{kernel}: sparse attention, sinks and out")
-        page_size = kv_cache.shape[-2]
-        if block_tables.shape[-1] * page_size % 128:
-            what = f"{block_tables.shape[-1]} pages of {page_size} in a table"
-            _refuse(kernel, f"{what}: together a multiple of 128 tokens")
         return _decode(
-            kernel,
+            "trtllm_batch_decode_with_kv_cache_mla",
             query,
             kv_cache,
             kv_lora_rank,
@@ -619,6 +553,6 @@ def trtllm_batch_decode_with_kv_cache_mla(
             block_tables,
             seq_lens,
             max_seq_len,
-            float(bmm1_scale),
-            float(bmm2_scale),
+            bmm1_scale,
+            out_scale=1.0,
         )

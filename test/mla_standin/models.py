@@ -3,20 +3,17 @@
 Real MLA dimensions, norm weights round 1, a few outlier channels in the latent (as
 trained models have), softmax neither flat nor one-hot. Saved by transformers, so that
 its own forward is an independent reference.
-
-    python -m mla_standin.models deepseek_v3 FOLDER
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 VOCAB = 4096
 CONTEXT = 20480
@@ -50,18 +47,11 @@ _BASE = dict(
         mscale_all_dim=1.0,
     ),
 )
-_DEFAULT_ROPE = dict(
-    rope_parameters=dict(rope_type="default", rope_theta=10000.0),
-)
 KINDS = {
     "deepseek_v3": {},
-    "v2_lite": dict(q_lora_rank=None, **_DEFAULT_ROPE),
-    "glm": dict(
-        num_attention_heads=20,
-        q_lora_rank=768,
-        qk_nope_head_dim=192,
-        v_head_dim=256,
-        **_DEFAULT_ROPE,
+    "v2_lite": dict(
+        q_lora_rank=None,
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0),
     ),
     # K and V scales of attn_mha, which SGLang gives to its prefill kernels.
     "scaled": {},
@@ -99,11 +89,11 @@ KINDS = {
 _SGLANG = dict(moe_layer_freq=1, scoring_func="sigmoid", topk_method="noaux_tc")
 
 
-def _initialize(model: torch.nn.Module, seed: int) -> None:
+def _initialize(model: torch.nn.Module) -> None:
     """Random weights of realistic size, the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     device = next(model.parameters()).device
-    on_device = torch.Generator(device).manual_seed(seed)
+    on_device = torch.Generator(device).manual_seed(0)
     for name, weight in model.named_parameters():
         if weight.dim() == 1:
             values = 1 + 0.1 * torch.randn(weight.shape, generator=generator)
@@ -129,7 +119,7 @@ def _initialize(model: torch.nn.Module, seed: int) -> None:
         weight.data.copy_(values.mul_(scale))
 
 
-def make_model(kind: str, folder: Path | str, seed: int = 0) -> Path:
+def make_model(kind: str, folder: Path | str) -> Path:
     """Write a checkpoint of one of KINDS to `folder`, unless it is there; returns it."""
     folder = Path(folder)
     if kind not in KINDS:
@@ -144,14 +134,9 @@ def make_model(kind: str, folder: Path | str, seed: int = 0) -> Path:
         num_key_value_heads=fields["num_attention_heads"],
     )
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    default_dtype = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(torch.bfloat16)
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            model = DeepseekV3ForCausalLM(config)
-    finally:
-        torch.set_default_dtype(default_dtype)
-    _initialize(model, seed)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    _initialize(model)
     model.save_pretrained(part, max_shard_size="20GB")
 
     config_file = part / "config.json"
@@ -173,12 +158,3 @@ def make_model(kind: str, folder: Path | str, seed: int = 0) -> Path:
     config_file.write_text(json.dumps(content, indent=2))
     part.rename(folder)
     return folder
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    print(make_model(args.kind, args.folder, args.seed))

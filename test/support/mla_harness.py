@@ -2,45 +2,40 @@
 
 Everything here is SGLang's: the attention module with its linears, norms and rotary
 embedding, the KV pool, the request pool, the forward batch, the backends built by
-their own `__init__`, the wrappers round them. What cannot run (SM100 kernels
-anywhere; CUDA kernels without a GPU) has a stand-in, whose docstring begins with what
-it stands in for. Without a GPU the CUDA branches of the model and of the rotary
-embedding are taken nevertheless, with their Triton kernels in the interpreter.
+their own `__init__`, the wrappers round them. What cannot run has a stand-in, see
+gpu_stand_ins.py.
 
-    env = make_env(Dims.deepseek_v3(heads=2), backend="tokenspeed_mla")
+    env = make_env(MODELS["deepseek-v3"]._replace(heads=4), "tokenspeed_mla")
     batch = make_batch(env, extend_lens=[5, 3], prefix_lens=[8, 0], chunks=4)
     result = run_prefill(env, batch)
 
-Nothing here asks whether the imported SGLang is patched; `run_elsewhere` runs the
-same scenarios on the SGLang of another folder, in a process of its own.
+Nothing here asks whether the imported SGLang is patched.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import math
 import os
 import sys
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, Callable, Iterator, Optional, Sequence
+from unittest import mock
 
-import sglang_cpu
 import torch
+from gpu_stand_ins import KERNELS, KernelCall
 from mla_standin import kernels
-from mla_standin.install import tokenspeed_module
-from patched_sglang import call_elsewhere
+from patched_sglang import ROOT
 from sglang_cpu import DEVICE, HAS_GPU
 
-sglang_cpu.install()
+# The unpatched SGLang has no fp8_reference.
+sys.path.append(str(ROOT / "python/sglang/jit_kernel/tests"))
 
+import fp8_reference as reference
+from fp8_reference import MLADims
 from transformers import PretrainedConfig
 
-from prefill_patch.selftest import load_reference
 from sglang.srt import server_args as server_args_module
 from sglang.srt.batch_overlap.two_batch_overlap import (
     TboForwardBatchPreparer,
@@ -49,92 +44,25 @@ from sglang.srt.batch_overlap.two_batch_overlap import (
 from sglang.srt.distributed import parallel_state
 from sglang.srt.environ import envs
 from sglang.srt.layers import dp_attention
-from sglang.srt.layers.attention import (
-    flashinfer_mla_backend,
-    tokenspeed_mla_backend,
-    trtllm_mla_backend,
-)
+from sglang.srt.layers.attention import tokenspeed_mla_backend, trtllm_mla_backend
 from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import (
     HybridLinearAttnBackend,
 )
 from sglang.srt.layers.attention.tbo_backend import TboAttnBackend
-from sglang.srt.layers.attention.triton_ops.merge_state import merge_state_triton
 from sglang.srt.layers.communicator import AttentionInputs, get_attn_tp_context
-from sglang.srt.layers.quantization import fp8_kernel
-from sglang.srt.layers.rotary_embedding import base as rotary_base
-from sglang.srt.layers.rotary_embedding import rope_variant
 from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool, ReqToTokenPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
-from sglang.srt.models.deepseek_common.attention_forward_methods import forward_mha
 from sglang.srt.models.deepseek_v2 import DeepseekV2AttentionMLA
 
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 CACHE_DTYPE_NAMES = {
     torch.float8_e4m3fn: "fp8_e4m3",
     torch.float8_e5m2: "fp8_e5m2",
     torch.bfloat16: "bf16",
     torch.float16: "auto",
 }
-
-
-@dataclass(frozen=True)
-class Dims:
-    """Dimensions of one attention layer on one rank."""
-
-    heads: int
-    nope: int
-    rope: int
-    v: int
-    kv_lora: int
-    q_lora: Optional[int] = None
-    hidden: int = 128
-
-    @property
-    def qk(self) -> int:
-        return self.nope + self.rope
-
-    @property
-    def row(self) -> int:
-        return self.kv_lora + self.rope
-
-    @classmethod
-    def deepseek_v3(cls, heads: int = 2) -> "Dims":
-        return cls(heads, nope=128, rope=64, v=128, kv_lora=512, q_lora=1536)
-
-    @classmethod
-    def v2_lite(cls, heads: int = 2) -> "Dims":
-        return cls(heads, nope=128, rope=64, v=128, kv_lora=512)
-
-    @classmethod
-    def glm_4_7_flash(cls, heads: int = 20) -> "Dims":
-        return cls(heads, nope=192, rope=64, v=256, kv_lora=512, q_lora=768)
-
-    @classmethod
-    def mistral4(cls, heads: int = 4) -> "Dims":
-        return cls(heads, nope=64, rope=64, v=128, kv_lora=256, q_lora=1024)
-
-    @classmethod
-    def tiny(cls, heads: int = 3) -> "Dims":
-        """The least that SGLang's and FlashInfer's own kernels take."""
-        return cls(heads, nope=16, rope=16, v=16, kv_lora=32, q_lora=24, hidden=32)
-
-    @classmethod
-    def odd(cls, heads: int = 5) -> "Dims":
-        """No power of two but where SGLang's gather from the cache needs one."""
-        return cls(heads, nope=24, rope=16, v=40, kv_lora=64, q_lora=56, hidden=48)
-
-
-# From its file: the unpatched SGLang has none.
-_reference = load_reference()
-fp8_values = _reference.finite_values
-fp8_ulps = _reference.ulps_off
-rope64 = _reference.rotate
-
-
-def round_fp8(x: torch.Tensor, dtype: torch.dtype = FP8_DTYPES[0]) -> torch.Tensor:
-    """Nearest FP8 value, ties to even, saturating (infinity too), NaN kept."""
-    return _reference.round_to_fp8(x.double(), dtype)
+# Small, with the RoPE of every model, as SGLang's kernel takes it.
+TINY = MLADims(heads=4, nope=16, rope=64, v=16, lora=32)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -147,319 +75,33 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     )
 
 
-# Ragged attention in float64: output and natural log-sum-exp, see the function itself.
-attention64 = functools.partial(kernels.ragged_attention, dtype=torch.float64)
-
-
-def merge64(
-    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge two partial attentions by natural log-sum-exps."""
-    total = torch.logaddexp(lse_a, lse_b)
-    weight_a = torch.exp(lse_a - total).nan_to_num(0.0).unsqueeze(-1)
-    weight_b = torch.exp(lse_b - total).nan_to_num(0.0).unsqueeze(-1)
-    return out_a * weight_a + out_b * weight_b, total
-
-
-@dataclass
-class KernelCall:
-    """What an attention kernel was handed, copied before it ran."""
-
-    name: str
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
-    strides: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-    contiguous: tuple[bool, bool, bool]
-    data_ptrs: tuple[int, int, int]
-    cu_q: list[int]
-    cu_kv: list[int]
-    causal: bool
-    return_lse: bool
-    bmm1_scale: float
-    bmm2_scale: float
-    arguments: dict[str, Any]
-
-
-@dataclass
-class Kernels:
-    """The log of all kernel stand-ins.
-
-    `counts` has the calls of the kernels that only a CPU lacks, by the real one's name.
-    """
-
-    calls: list[KernelCall] = field(default_factory=list)
-    counts: Counter = field(default_factory=Counter)
-
-    @property
-    def compiled(self) -> list[tuple]:
-        """The tokenspeed kernels built since `forget_compiled_kernels`."""
-        return kernels.RECORD.compiled
-
-    @property
-    def late_compiles(self) -> list[tuple]:
-        """Those that a call needed and start-up had not built (minutes on the real
-        thing)."""
-        return kernels.RECORD.late_compiles
-
-    def clear(self) -> None:
-        self.calls, self.counts = [], Counter()
-        kernels.RECORD.late_compiles = []
-
-    def record(self, handed: dict[str, Any]) -> None:
-        operands = [handed[name] for name in "qkv"]
-        arguments = dict(handed["arguments"])
-        arguments["seq_lens"] = arguments["seq_lens"].tolist()
-        if "out" in arguments:
-            out = arguments.pop("out")
-            arguments["out_before"] = None if out is None else out.detach().clone()
-        same = ("cu_q", "cu_kv", "causal", "return_lse", "bmm1_scale", "bmm2_scale")
-        self.calls.append(
-            KernelCall(
-                handed["kernel"],
-                *(x.detach().clone() for x in operands),
-                dtypes=tuple(x.dtype for x in operands),
-                strides=tuple(x.stride() for x in operands),
-                contiguous=tuple(x.is_contiguous() for x in operands),
-                data_ptrs=tuple(x.data_ptr() for x in operands),
-                **{name: handed[name] for name in same},
-                arguments=arguments,
-            )
-        )
-
-
-KERNELS = Kernels()
-kernels.SETTINGS.listener = KERNELS.record
-kernels.SETTINGS.dtype = torch.float64
-kernels.SETTINGS.any_head_dim = True
-
-
-def forget_compiled_kernels() -> None:
-    """Let the next tokenspeed backend start as in a fresh process."""
-    kernels.compiled_kernels.clear()
-    kernels.RECORD.compiled.clear()
-
-
-TOKENSPEED = tokenspeed_module()
-
-
-class _FlashInferWrapper:
-    """Stands in for FlashInfer's attention wrappers, which need its CUDA kernels.
-
-    The MLA backends build several and plan them for every batch; the paths under test
-    run none of them, so running one is an error.
-    """
-
-    def __init__(self, *args, **kwargs):
-        self.plans = []
-
-    def begin_forward(self, *args, **kwargs) -> None:
-        self.plans.append((args, kwargs))
-
-    plan = begin_forward
-
-    def _not_here(self, *args, **kwargs):
-        raise NotImplementedError("FlashInfer's attention wrappers need a GPU")
-
-    forward = forward_return_lse = run = _not_here
-
-
-def _rope_in_place(
-    q, k, cos_sin_cache, positions, *, is_neox, rope_dim=0, fused_args=None
-) -> None:
-    """Stands in for SGLang's JIT CUDA RoPE kernel: in place, one rounding."""
-    assert fused_args is None and cos_sin_cache.dtype == torch.float32
-    KERNELS.counts["apply_rope_with_cos_sin_cache_inplace"] += 1
-    for x in (q, k):
-        x.copy_(_rope32(x, positions, cos_sin_cache, is_neox))
-
-
-def _rope32(x, positions, cos_sin_cache, is_neox) -> torch.Tensor:
-    cos, sin = cos_sin_cache[positions.long()].unsqueeze(1).chunk(2, dim=-1)
-    x = x.float()
-    if is_neox:
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-    a, b = x[..., 0::2], x[..., 1::2]
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-
-
-def mla_rope_quantize_fp8(
-    q_rope,
-    k_rope,
-    q_nope,
-    k_nope,
-    cos_sin_cache,
-    pos_ids,
-    is_neox=True,
-    quantize_dtype=None,
-    quant_scale_q=1.0,
-    quant_scale_kv=1.0,
-    q_rope_out=None,
-    k_rope_out=None,
-    q_nope_out=None,
-    k_nope_out=None,
-    enable_pdl=False,
-):
-    """Stands in for FlashInfer's CUDA kernel of that name: float32, one rounding."""
-    if cos_sin_cache.dtype != torch.float32:
-        raise ValueError(f"cos_sin_cache must be float32, not {cos_sin_cache.dtype}")
-    KERNELS.counts["mla_rope_quantize_fp8"] += 1
-    dtype = quantize_dtype or torch.float8_e4m3fn
-
-    def rotate(x):
-        heads = x if x.dim() == 3 else x.unsqueeze(1)
-        return _rope32(heads, pos_ids, cos_sin_cache, is_neox).view(x.shape)
-
-    outs = []
-    for x, scale, out in (
-        (rotate(q_rope), quant_scale_q, q_rope_out),
-        (rotate(k_rope), quant_scale_kv, k_rope_out),
-        (q_nope.float(), quant_scale_q, q_nope_out),
-        (k_nope.float(), quant_scale_kv, k_nope_out),
-    ):
-        out = torch.empty(x.shape, dtype=dtype, device=x.device) if out is None else out
-        limit = torch.finfo(dtype).max
-        outs.append(out.copy_((x * scale).clamp(-limit, limit).to(dtype)))
-    return tuple(outs)
-
-
-def _concat_mla_k(k, k_nope, k_rope) -> None:
-    """Stands in for sgl_kernel's concat_mla_k, a CUDA kernel."""
-    KERNELS.counts["concat_mla_k"] += 1
-    k.copy_(torch.cat([k_nope, k_rope.expand(-1, k_nope.shape[1], -1)], dim=-1))
-
-
-def _merge_state(v_a, s_a, v_b, s_b, v_merged=None, s_merged=None):
-    """Stands in for sgl_kernel's merge_state_v2: SGLang's Triton kernel instead."""
-    KERNELS.counts["merge_state_v2"] += 1
-    return merge_state_triton(v_a, s_a, v_b, s_b, v_merged, s_merged)
-
-
-def _quantize_per_tensor(x, out, scale, is_static) -> None:
-    """Stands in for SGLang's JIT CUDA kernel that quantizes by a given scale.
-
-    It clips with fmin and fmax, so that NaN becomes the largest value there.
-    """
-    assert is_static
-    KERNELS.counts["sgl_per_tensor_quant_fp8"] += 1
-    limit = torch.tensor(torch.finfo(out.dtype).max)
-    scaled = x.float() * (1.0 / scale)
-    out.copy_(scaled.fmin(limit).fmax(-limit).to(out.dtype))
-
-
-def _fixup_zero_kv_rows(out, lse, kv_lens, cum_seq_lens, max_seq_len) -> None:
-    """Stands in for SGLang's JIT CUDA kernel of that name."""
-    KERNELS.counts["fixup_zero_kv_rows"] += 1
-    starts = cum_seq_lens.tolist()
-    for i, length in enumerate(kv_lens.tolist()):
-        if length == 0:
-            out[starts[i] : starts[i + 1]] = 0
-            lse[starts[i] : starts[i + 1]] = -math.inf
-
-
-def _fixup_where_it_faults(fixup: Callable) -> Callable:
-    """Stands in for SGLang's JIT CUDA kernel where it writes to misaligned addresses,
-    which ends an unpatched SGLang's process: with heads that are no multiple of 4."""
-
-    @functools.wraps(fixup)
-    def run(out, lse, *lens):
-        (_fixup_zero_kv_rows if lse.shape[1] % 4 else fixup)(out, lse, *lens)
-
-    return run
-
-
-def _planned_when_run(wrapper: type) -> type:
-    """FlashInfer's own wrapper, which compiles its kernel when planned: here only when
-    it is run, since the backends plan several that the paths under test never run."""
-
-    class PlannedWhenRun(wrapper):
-        def begin_forward(self, *args, **kwargs):
-            self._postponed = functools.partial(super().begin_forward, *args, **kwargs)
-
-        def forward(self, *args, **kwargs):
-            self._postponed()
-            return super().forward(*args, **kwargs)
-
-        def forward_return_lse(self, *args, **kwargs):
-            self._postponed()
-            return super().forward_return_lse(*args, **kwargs)
-
-    return PlannedWhenRun
-
-
-# What a CPU has of FlashInfer; also for modules that import it only beside a GPU.
-FLASHINFER = SimpleNamespace(
-    prefill=SimpleNamespace(
-        trtllm_ragged_attention_deepseek=kernels.trtllm_ragged_attention_deepseek
-    ),
-    rope=SimpleNamespace(mla_rope_quantize_fp8=mla_rope_quantize_fp8),
-)
-
-
-def _install_stand_ins() -> None:
-    tokenspeed_mla_backend.tokenspeed_mla = TOKENSPEED
-    tokenspeed_mla_backend.is_tokenspeed_mla_available = lambda: True
-    if HAS_GPU:
-        import flashinfer.prefill
-
-        flashinfer.prefill.trtllm_ragged_attention_deepseek = (
-            kernels.trtllm_ragged_attention_deepseek
-        )
-        fixup = trtllm_mla_backend.fixup_zero_kv_rows
-        trtllm_mla_backend.fixup_zero_kv_rows = _fixup_where_it_faults(fixup)
-        flashinfer_mla_backend.BatchPrefillWithRaggedKVCacheWrapper = _planned_when_run(
-            flashinfer_mla_backend.BatchPrefillWithRaggedKVCacheWrapper
-        )
-        return
-    trtllm_mla_backend.flashinfer = FLASHINFER
-    for name in ("trtllm_mla_backend", "mla_fp8_prefill"):
-        module = sys.modules.get(f"sglang.srt.layers.attention.{name}")
-        if module is not None:
-            module.fixup_zero_kv_rows = _fixup_zero_kv_rows
-    fp8_kernel.sgl_per_tensor_quant_fp8 = _quantize_per_tensor
-    flashinfer_mla_backend.BatchMLAPagedAttentionWrapper = _FlashInferWrapper
-    flashinfer_mla_backend.BatchPrefillWithRaggedKVCacheWrapper = _FlashInferWrapper
-    # The CUDA branches: they write and gather cache rows as servers do, and rotate in
-    # place with float32 cosines; the native branches do neither.
-    forward_mha._is_cuda = True
-    forward_mha.merge_state_v2 = _merge_state
-    forward_mha.concat_mla_k = _concat_mla_k
-    rotary_base._is_cuda = True
-    rotary_base.apply_rope_with_cos_sin_cache_inplace = _rope_in_place
-    rope_variant.get_device = lambda *args: DEVICE
-
-
-_install_stand_ins()
-
-
 @dataclass
 class Env:
     """One attention layer with its pools, its backend and its server arguments."""
 
-    dims: Dims
-    dtype: torch.dtype
+    dims: MLADims
     attn: DeepseekV2AttentionMLA = field(repr=False)
-    pool: MLATokenToKVPool = field(repr=False)
-    req_to_token_pool: ReqToTokenPool = field(repr=False)
     runner: SimpleNamespace = field(repr=False)
-    backend: Any = field(repr=False)
-    server_args: Any = field(repr=False)
+    backend: Any = field(repr=False, default=None)
 
     @property
-    def is_fp8(self) -> bool:
-        return self.pool.dtype in FP8_DTYPES
+    def dtype(self) -> torch.dtype:
+        return self.runner.dtype
 
     @property
-    def k_scale(self) -> float:
-        scale = self.attn.attn_mha.k_scale_float
-        return 1.0 if scale is None else scale
+    def pool(self) -> MLATokenToKVPool:
+        return self.runner.token_to_kv_pool
 
     @property
-    def v_scale(self) -> float:
-        scale = self.attn.attn_mha.v_scale_float
-        return 1.0 if scale is None else scale
+    def server_args(self):
+        return self.runner.server_args
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """k_scale and v_scale of the checkpoint."""
+        attn = self.attn.attn_mha
+        scales = attn.k_scale_float, attn.v_scale_float
+        return tuple(1.0 if scale is None else scale for scale in scales)
 
     @property
     def cos_sin_cache(self) -> Optional[torch.Tensor]:
@@ -487,7 +129,7 @@ def _init_distributed() -> None:
     parallel_state.initialize_model_parallel()
 
 
-def make_server_args(backend: str = "tokenspeed_mla", **overrides):
+def make_server_args(backend: str, **overrides):
     """Real ServerArgs; the model path "dummy" skips only its checks of a model."""
     args = server_args_module.ServerArgs(model_path="dummy", device=DEVICE)
     settings = dict(
@@ -495,7 +137,6 @@ def make_server_args(backend: str = "tokenspeed_mla", **overrides):
         prefill_attention_backend=backend,
         decode_attention_backend=backend,
         disable_piecewise_cuda_graph=True,
-        page_size=64,
     )
     for name, value in {**settings, **overrides}.items():
         if not hasattr(args, name):
@@ -505,13 +146,13 @@ def make_server_args(backend: str = "tokenspeed_mla", **overrides):
 
 
 def make_attention(
-    dims: Dims,
+    dims: MLADims,
     dtype: torch.dtype,
     rope: Optional[str],
     is_neox: bool,
     max_position: int,
-    seed: int,
-    layer_id: int = 0,
+    q_lora: Optional[int],
+    hidden: int,
 ) -> DeepseekV2AttentionMLA:
     """The real attention module with random weights of the usual magnitude."""
     config = PretrainedConfig(
@@ -540,28 +181,27 @@ def make_attention(
         with torch.device(DEVICE):
             attn = DeepseekV2AttentionMLA(
                 config=config,
-                hidden_size=dims.hidden,
+                hidden_size=hidden,
                 num_heads=dims.heads,
                 qk_nope_head_dim=dims.nope,
                 qk_rope_head_dim=dims.rope,
                 v_head_dim=dims.v,
-                q_lora_rank=dims.q_lora,
-                kv_lora_rank=dims.kv_lora,
+                q_lora_rank=q_lora,
+                kv_lora_rank=dims.lora,
                 rope_scaling=scaling,
                 max_position_embeddings=max_position,
                 reduce_results=False,
-                layer_id=layer_id,
+                layer_id=0,
                 skip_rope=rope is None,
             )
     finally:
         torch.set_default_dtype(default_dtype)
         args.device = device
     if attn.rotary_emb is not None:
-        # Other RoPE dimensions than 64 and its doubles would go to a kernel that
-        # rounds the cosines to the model's type.
-        attn.rotary_emb.use_fallback_kernel = False
+        # SGLang shares one among all layers of the process, and its choice without a
+        # GPU is another method.
         attn.rotary_emb._forward_method = attn.rotary_emb.forward_cuda
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     for name, weight in attn.named_parameters():
         values = torch.randn(weight.shape, generator=generator)
         if "layernorm" in name:
@@ -573,7 +213,7 @@ def make_attention(
 
 
 def make_env(
-    dims: Dims,
+    dims: MLADims,
     backend: str = "tokenspeed_mla",
     *,
     dtype: torch.dtype = torch.bfloat16,
@@ -582,12 +222,14 @@ def make_env(
     is_neox: bool = False,
     k_scale: Optional[float] = None,
     v_scale: Optional[float] = None,
+    q_lora: Optional[int] = 64,
+    hidden: int = 128,
     slots: int = 512,
     page_size: int = 64,
     max_requests: int = 8,
     max_context: int = 512,
-    seed: int = 0,
-    pool_class: type = MLATokenToKVPool,
+    pool_class: Callable[..., Any] = MLATokenToKVPool,
+    modify_layer: Callable[[torch.nn.Module], None] = lambda attn: None,
     **server_args,
 ) -> Env:
     """Build the layer, its pools and its backend, each by its own `__init__`."""
@@ -599,17 +241,18 @@ def make_env(
     )
     server_args_module.set_global_server_args_for_scheduler(args)
     _init_distributed()
-    attn = make_attention(dims, dtype, rope, is_neox, max_context, seed)
+    attn = make_attention(dims, dtype, rope, is_neox, max_context, q_lora, hidden)
     for name, value in (("k_scale", k_scale), ("v_scale", v_scale)):
         if value is not None:
             scale = torch.tensor(value, dtype=torch.float32, device=DEVICE)
             setattr(attn.attn_mha, name, scale)
             setattr(attn.attn_mha, f"{name}_float", value)
+    modify_layer(attn)
     pool = pool_class(
         size=slots,
         page_size=page_size,
         dtype=cache_dtype,
-        kv_lora_rank=dims.kv_lora,
+        kv_lora_rank=dims.lora,
         qk_rope_head_dim=dims.rope,
         layer_num=1,
         device=DEVICE,
@@ -624,17 +267,18 @@ def make_env(
     model_config = SimpleNamespace(
         num_attention_heads=dims.heads,
         get_num_kv_heads=lambda tp_size: dims.heads // tp_size,
-        kv_lora_rank=dims.kv_lora,
+        kv_lora_rank=dims.lora,
         qk_nope_head_dim=dims.nope,
         qk_rope_head_dim=dims.rope,
         v_head_dim=dims.v,
         scaling=attn.scaling,
         context_len=max_context,
-        hidden_size=dims.hidden,
+        hidden_size=hidden,
         dtype=dtype,
     )
     dp_attention.initialize_dp_attention(args, model_config)
     runner = SimpleNamespace(
+        model=attn,
         model_config=model_config,
         device=DEVICE,
         dtype=dtype,
@@ -644,7 +288,7 @@ def make_env(
         token_to_kv_pool=pool,
         server_args=args,
     )
-    env = Env(dims, dtype, attn, pool, req_to_token_pool, runner, None, args)
+    env = Env(dims, attn, runner)
     env.backend = runner.attn_backend = make_backend(env, backend)
     return env
 
@@ -655,7 +299,6 @@ def make_backend(env: Env, name: str):
     classes = {
         "tokenspeed_mla": tokenspeed_mla_backend.TokenspeedMLABackend,
         "trtllm_mla": trtllm_mla_backend.TRTLLMMLABackend,
-        "flashinfer": flashinfer_mla_backend.FlashInferMLAAttnBackend,
     }
     return classes[name](env.runner)
 
@@ -701,29 +344,21 @@ class Batch:
     def rows(self) -> int:
         return self.tokens + self.pad_rows
 
-    @property
-    def cu_q(self) -> list[int]:
-        return _cumulate(self.extend_lens)
-
-    @property
-    def chunk_len(self) -> Optional[int]:
-        if self.chunk_capacity is None or not any(self.prefix_lens):
-            return None
-        return self.chunk_capacity // len(self.prefix_lens)
-
     def chunk_lens(self) -> list[list[int]]:
         """Keys per chunk and request, as SGLang splits the prefixes."""
-        if not any(self.prefix_lens):
+        longest = max(self.prefix_lens, default=0)
+        if longest == 0:
             return []
-        size = self.chunk_len or max(self.prefix_lens)
-        count = -(-max(self.prefix_lens) // size)
+        size = longest
+        if self.chunk_capacity is not None:
+            size = self.chunk_capacity // len(self.prefix_lens)
         return [
-            [min(max(p - i * size, 0), size) for p in self.prefix_lens]
-            for i in range(count)
+            [min(max(p - start, 0), size) for p in self.prefix_lens]
+            for start in range(0, longest, size)
         ]
 
 
-def _cumulate(lens: Sequence[int]) -> list[int]:
+def cumulate(lens: Sequence[int]) -> list[int]:
     total = [0]
     for n in lens:
         total.append(total[-1] + n)
@@ -738,7 +373,6 @@ def make_batch(
     pad_rows: int = 0,
     chunks: Optional[int] = None,
     seed: int = 0,
-    hidden: Optional[torch.Tensor] = None,
 ) -> Batch:
     """A batch with shuffled slots and a cache full of random rows.
 
@@ -751,22 +385,18 @@ def make_batch(
         raise ValueError(f"{len(extend_lens)} extend_lens, {len(prefix_lens)} prefixes")
     generator = torch.Generator().manual_seed(seed)
     pool, page = env.pool, env.pool.page_size
-    needed = sum(extend_lens) + sum(prefix_lens)
+    tokens, hidden_size = sum(extend_lens), env.runner.model_config.hidden_size
+    needed = tokens + sum(prefix_lens)
     if needed > pool.size:
         raise ValueError(f"{needed} tokens do not fit in {pool.size} slots")
     slots = page + torch.randperm(pool.size, generator=generator)[:needed]
-    new, old = slots.split([sum(extend_lens), sum(prefix_lens)])
-    buffer = pool.kv_buffer[0]
-    rows = torch.randn(buffer.shape, generator=generator)
-    before = rows.to(pool.dtype).view(pool.store_dtype).to(DEVICE)
-    if hidden is None:
-        tokens = sum(extend_lens)
-        hidden = torch.randn(tokens, env.dims.hidden, generator=generator)
-    hidden = hidden.to(env.dtype)
+    new, *old = slots.split([tokens, *prefix_lens])
+    rows = torch.randn(pool.kv_buffer[0].shape, generator=generator)
+    hidden = torch.randn(tokens, hidden_size, generator=generator)
     # What data-parallel padding holds is arbitrary: ones, so that nothing cancels.
-    hidden = torch.cat([hidden, hidden.new_ones(pad_rows, env.dims.hidden)])
+    hidden = torch.cat([hidden, torch.ones(pad_rows, hidden_size)])
     positions = [torch.arange(p, p + n) for p, n in zip(prefix_lens, extend_lens)]
-    ends = _cumulate(prefix_lens)
+    positions.append(torch.zeros(pad_rows, dtype=torch.int64))
     capacity = None
     if chunks is not None and any(prefix_lens):
         capacity = -(-max(prefix_lens) // chunks) * len(prefix_lens)
@@ -775,13 +405,11 @@ def make_batch(
         prefix_lens=prefix_lens,
         pad_rows=pad_rows,
         chunk_capacity=capacity,
-        hidden=hidden.to(DEVICE),
-        positions=torch.cat([*positions, torch.zeros(pad_rows, dtype=torch.int64)]).to(
-            DEVICE
-        ),
+        hidden=hidden.to(env.dtype).to(DEVICE),
+        positions=torch.cat(positions).to(DEVICE),
         out_cache_loc=torch.cat([new, new.new_zeros(pad_rows)]).to(DEVICE),
-        prefix_slots=[old[a:b].to(DEVICE) for a, b in zip(ends, ends[1:])],
-        cache_before=before,
+        prefix_slots=[some.to(DEVICE) for some in old],
+        cache_before=rows.to(pool.dtype).view(pool.store_dtype).to(DEVICE),
     )
 
 
@@ -790,14 +418,18 @@ def make_forward_batch(env: Env, batch: Batch, backend: Any = None) -> ForwardBa
     bs = len(batch.extend_lens)
     ids = torch.arange(1, bs + 1)
     new = batch.out_cache_loc[: batch.tokens].split(batch.extend_lens)
-    table = env.req_to_token_pool.req_to_token
+    req_to_token_pool = env.runner.req_to_token_pool
     for i in range(bs):
         row = torch.cat([batch.prefix_slots[i], new[i]]).to(torch.int32)
-        table[i + 1, : row.numel()] = row
+        req_to_token_pool.req_to_token[i + 1, : row.numel()] = row
     seq_lens = torch.tensor(
         [p + n for p, n in zip(batch.prefix_lens, batch.extend_lens)],
         dtype=torch.int64,
     )
+
+    def int32(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
     forward_batch = ForwardBatch(
         forward_mode=ForwardMode.EXTEND if bs else ForwardMode.IDLE,
         batch_size=bs,
@@ -809,20 +441,14 @@ def make_forward_batch(env: Env, batch: Batch, backend: Any = None) -> ForwardBa
         out_cache_loc=batch.out_cache_loc[: batch.tokens],
         positions=batch.positions[: batch.tokens],
         extend_num_tokens=batch.tokens,
-        extend_seq_lens=torch.tensor(
-            batch.extend_lens, dtype=torch.int32, device=DEVICE
-        ),
-        extend_prefix_lens=torch.tensor(
-            batch.prefix_lens, dtype=torch.int32, device=DEVICE
-        ),
-        extend_start_loc=torch.tensor(
-            batch.cu_q[:-1], dtype=torch.int32, device=DEVICE
-        ),
+        extend_seq_lens=int32(batch.extend_lens),
+        extend_prefix_lens=int32(batch.prefix_lens),
+        extend_start_loc=int32(cumulate(batch.extend_lens)[:-1]),
         extend_prefix_lens_cpu=list(batch.prefix_lens),
         extend_seq_lens_cpu=list(batch.extend_lens),
         extend_logprob_start_lens_cpu=[0] * bs,
         lora_ids=[None] * bs,
-        req_to_token_pool=env.req_to_token_pool,
+        req_to_token_pool=req_to_token_pool,
         token_to_kv_pool=env.pool,
         attn_backend=backend or env.backend,
     )
@@ -836,62 +462,45 @@ def make_forward_batch(env: Env, batch: Batch, backend: Any = None) -> ForwardBa
 class Result:
     """What the prepare step returned, and what the layer did with it.
 
-    An idle batch has neither q, k, v nor an attention output.
+    Empty where there is none: an idle batch has neither q, k, v nor an attention output.
     """
 
-    method: str
-    q: Optional[torch.Tensor]
-    k: Optional[torch.Tensor]
-    v: Optional[torch.Tensor]
     cache: torch.Tensor
-    attn_output: Optional[torch.Tensor]
-    output: torch.Tensor
+    output: Optional[torch.Tensor]
     calls: list[KernelCall]
     late_compiles: list[tuple]
     counts: Counter
-    forward_batch: Optional[ForwardBatch]
+    method: str = ""
+    q: Optional[torch.Tensor] = None
+    k: Optional[torch.Tensor] = None
+    v: Optional[torch.Tensor] = None
+    attn_output: Optional[torch.Tensor] = None
 
-    def rows(self, slots: torch.Tensor) -> torch.Tensor:
-        """The cache rows at these slots."""
-        return self.cache[slots.long(), 0]
 
-
-@contextmanager
-def nan_memory() -> Iterator[None]:
-    """Every allocation that leaves memory as it is gets it full of NaN."""
-    was = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = filled
-        torch.use_deterministic_algorithms(was)
+def result_of(env: Env, output: Optional[torch.Tensor], **parts) -> Result:
+    """With what the stand-ins saw since they were cleared."""
+    return Result(
+        cache=env.pool.kv_buffer[0].clone(),
+        output=output,
+        calls=KERNELS.calls,
+        late_compiles=kernels.RECORD.late_compiles,
+        counts=KERNELS.counts,
+        **parts,
+    )
 
 
 @contextmanager
 def chunk_capacity(tokens: Optional[int]) -> Iterator[None]:
     """SGLang's own limit of prefix tokens in one chunk, for the time of a run."""
-    variable = envs.SGLANG_MAX_KV_CHUNK_CAPACITY
-    if tokens is None:
+    name = envs.SGLANG_MAX_KV_CHUNK_CAPACITY.name
+    with mock.patch.dict(os.environ, {} if tokens is None else {name: str(tokens)}):
         yield
-        return
-    before = os.environ.get(variable.name)
-    variable.set(tokens)
-    try:
-        yield
-    finally:
-        if before is None:
-            variable.clear()
-        else:
-            os.environ[variable.name] = before
 
 
 def prepare(env: Env, forward_batch: ForwardBatch, hidden: torch.Tensor):
     """The layer's prepare step, chosen by SGLang's own dispatch."""
     context = get_attn_tp_context()
-    context.init_context(env.dims.q_lora, is_nsa=False)
+    context.init_context(env.attn.q_lora_rank, is_nsa=False)
     with context.maybe_input_scattered(forward_batch):
         context.set_attn_inputs(
             AttentionInputs(hidden, forward_batch, env.attn.prepare_qkv_latent)
@@ -904,32 +513,39 @@ def prepare(env: Env, forward_batch: ForwardBatch, hidden: torch.Tensor):
         )
 
 
+def start_batch(env: Env, batch: Batch, backend: Any = None) -> ForwardBatch:
+    """The process and the cache as the batch finds them."""
+    env.activate()
+    env.pool.kv_buffer[0].copy_(batch.cache_before)
+    return make_forward_batch(env, batch, backend)
+
+
 def run_prefill(
     env: Env,
     batch: Batch,
     *,
     backend: Any = None,
     around: Callable[[ForwardBatch], Any] = lambda forward_batch: nullcontext(),
+    inside: Callable[[ForwardBatch], Any] = lambda forward_batch: nullcontext(),
+    attention: bool = True,
 ) -> Result:
     """Run the whole attention layer, as the model runner and the model do.
 
-    `backend` may be a wrapper; `around` may give a context manager to run within (a
-    graph context, a switch, `nan_memory`).
+    `backend` may be a wrapper. `around` may give a context manager to run within (a
+    graph context, a switch, memory full of NaN), `inside` one for what follows the
+    backend's metadata; without `attention` the prepare step alone runs.
     """
-    env.activate()
-    env.pool.kv_buffer[0].copy_(batch.cache_before)
-    forward_batch = make_forward_batch(env, batch, backend)
+    forward_batch = start_batch(env, batch, backend)
     with chunk_capacity(batch.chunk_capacity), around(forward_batch):
         if forward_batch.batch_size > 0:
             forward_batch.attn_backend.init_forward_metadata(forward_batch)
-        return run_layer(env, forward_batch, batch.hidden)
+        with inside(forward_batch):
+            return run_layer(env, forward_batch, batch.hidden, attention)
 
 
 def run_overlapped(env: Env, batch: Batch, backend: TboAttnBackend) -> list[Result]:
     """Run the two halves of a batch, split where SGLang's scheduler splits it."""
-    env.activate()
-    env.pool.kv_buffer[0].copy_(batch.cache_before)
-    parent = make_forward_batch(env, batch, backend)
+    parent = start_batch(env, batch, backend)
     parent.tbo_split_seq_index = compute_split_seq_index(
         parent.forward_mode, batch.rows, batch.extend_lens, None
     )
@@ -943,7 +559,9 @@ def run_overlapped(env: Env, batch: Batch, backend: TboAttnBackend) -> list[Resu
     return results
 
 
-def run_layer(env: Env, forward_batch: ForwardBatch, hidden: torch.Tensor) -> Result:
+def run_layer(
+    env: Env, forward_batch: ForwardBatch, hidden: torch.Tensor, attention: bool = True
+) -> Result:
     """Run the layer on a forward batch whose metadata stands."""
     KERNELS.clear()
     seen = []
@@ -953,166 +571,138 @@ def run_layer(env: Env, forward_batch: ForwardBatch, hidden: torch.Tensor) -> Re
     try:
         with torch.no_grad():
             state = prepare(env, forward_batch, hidden.clone())
-            inner = state[3]
-            q, k, v = inner[:3] if inner else (None, None, None)
-            q, k, v = (x if x is None else x.detach().clone() for x in (q, k, v))
-            output = env.attn.forward_core(state)
+            inner, parts = state[3], {}
+            if inner:
+                q, k, v = (x if x is None else x.detach().clone() for x in inner[:3])
+                parts = dict(method=state[1].name, q=q, k=k, v=v)
+            output = (
+                env.attn.forward_core(state).detach().clone() if attention else None
+            )
     finally:
         handle.remove()
-    return Result(
-        method=state[1].name if inner else "",
-        q=q,
-        k=k,
-        v=v,
-        cache=env.pool.kv_buffer[0].clone(),
-        attn_output=seen[0].view(-1, env.dims.heads, env.dims.v) if seen else None,
-        output=output.detach().clone(),
-        calls=KERNELS.calls,
-        late_compiles=KERNELS.late_compiles,
-        counts=KERNELS.counts,
-        forward_batch=forward_batch,
-    )
+    if seen:
+        parts["attn_output"] = seen[0].view(-1, env.dims.heads, env.dims.v)
+    return result_of(env, output, **parts)
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """One run, described by the arguments of `make_env` and `make_batch`."""
+    """One run: what `make_env` and `make_batch` get, and what is special.
 
-    env: dict[str, Any]
-    batch: dict[str, Any]
+    `how` runs it; `change` changes the layer's pools or backend before; `environ` is set
+    while the layer and its backend are built.
+    """
+
+    env: dict[str, Any] = field(default_factory=dict)
+    batch: dict[str, Any] = field(default_factory=lambda: dict(extend_lens=[5, 3]))
+    how: Callable[[Env, Batch], Result] = run_prefill
+    change: Optional[Callable[[Env], None]] = None
+    environ: dict[str, str] = field(default_factory=dict)
+
+    def on(self, backend: str) -> Scenario:
+        return replace(self, env={**self.env, "backend": backend})
+
+    def build(self) -> tuple[Env, Batch]:
+        with mock.patch.dict(os.environ, self.environ):
+            env = make_env(**{"dims": TINY, **self.env})
+            if self.change is not None:
+                self.change(env)
+        return env, make_batch(env, **self.batch)
 
     def run(self) -> Result:
-        env = make_env(**self.env)
-        return run_prefill(env, make_batch(env, **self.batch))
+        return self.how(*self.build())
 
 
-def run_elsewhere(site: Path, scenarios: Sequence[Scenario]) -> list[Result]:
-    """Run scenarios on the SGLang in the folder `site`, in a process of its own."""
-    if not Path(site, "sglang", "__init__.py").is_file():
-        raise ValueError(f"{site} holds no sglang package; give the folder it lies in")
-    return call_elsewhere(site, "mla_harness", list(scenarios))
-
-
-def serve(source: str, target: str) -> None:
-    """The other end of `run_elsewhere`."""
-    results = [scenario.run() for scenario in torch.load(source, weights_only=False)]
-    torch.save([dataclasses.replace(r, forward_batch=None) for r in results], target)
-
-
-@dataclass
-class LayerInputs:
-    """What the prepare step starts from, in the model's dtype, before RoPE."""
-
-    q: torch.Tensor
-    kv: torch.Tensor
-    kv_a: torch.Tensor
-    k_pe: torch.Tensor
-
-
-@dataclass
-class Expected:
-    """Unrounded float64 results of the definition."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    rows: torch.Tensor
-
-
-def layer_inputs(env: Env, batch: Batch) -> LayerInputs:
-    """Run the layer's own linears and norms, and nothing after them."""
+def layer_inputs(env: Env, batch: Batch) -> dict[str, Any]:
+    """The arguments of `mla_prefill_quantize_fp8` for every row of the batch, but for
+    the cache, from the layer's own linears and norms."""
     attn, dims = env.attn, env.dims
     with torch.no_grad():
-        if dims.q_lora is None:
+        if attn.q_lora_rank is None:
             q = attn.q_proj(batch.hidden)[0]
             latent = attn.kv_a_proj_with_mqa(batch.hidden)[0]
         else:
             latent = attn.fused_qkv_a_proj_with_mqa(batch.hidden)[0]
-            q, latent = latent.split([dims.q_lora, dims.row], dim=-1)
+            q, latent = latent.split([attn.q_lora_rank, dims.lora + dims.rope], dim=-1)
             q = attn.q_b_proj(attn.q_a_layernorm(q))[0]
-        kv_a, k_pe = latent.split([dims.kv_lora, dims.rope], dim=-1)
+        kv_a, k_pe = latent.split([dims.lora, dims.rope], dim=-1)
         kv_a = attn.kv_a_layernorm(kv_a)
         kv = attn.kv_b_proj(kv_a)[0]
-    return LayerInputs(
-        q=q.view(-1, dims.heads, dims.qk),
+    return dict(
+        q=q.view(-1, dims.heads, dims.nope + dims.rope),
         kv=kv.view(-1, dims.heads, dims.nope + dims.v),
         kv_a=kv_a,
         k_pe=k_pe.unsqueeze(1),
+        positions=batch.positions,
+        cos_sin_cache=env.cos_sin_cache,
+        is_neox=env.is_neox,
+        qk_nope_head_dim=dims.nope,
+        cache_loc=batch.out_cache_loc,
     )
 
 
-def expected(env: Env, batch: Batch) -> Expected:
-    """q, k, v and the cache rows by definition, for every row of the batch."""
-    inputs, dims = layer_inputs(env, batch), env.dims
-
-    def rotate(x: torch.Tensor) -> torch.Tensor:
-        return rope64(x, batch.positions, env.cos_sin_cache, env.is_neox)
-
-    k_pe = rotate(inputs.k_pe)
-    q = inputs.q.double()
-    kv = inputs.kv.double()
-    return Expected(
-        q=torch.cat([q[..., : dims.nope], rotate(q[..., dims.nope :])], dim=-1),
-        k=torch.cat([kv[..., : dims.nope], k_pe.expand(-1, dims.heads, -1)], dim=-1),
-        v=kv[..., dims.nope :],
-        rows=torch.cat([inputs.kv_a.double(), k_pe.squeeze(1)], dim=-1),
-    )
+def _scale_invs(env: Env) -> list[float]:
+    """As the kernels get them: in float32."""
+    return torch.tensor([1 / scale for scale in env.scales]).tolist()
 
 
-def prefix_kv64(env: Env, batch: Batch, request: int) -> tuple[torch.Tensor, ...]:
-    """K and V of one request's cached prefix, in float64 from the cache's values."""
-    dims = env.dims
+def expected(env: Env, batch: Batch) -> reference.PrefillResult:
+    """q, k, v and the cache rows by definition, in float64, for every row of the batch;
+    k and v are divided by their scales."""
+    return reference.expected_prefill(layer_inputs(env, batch), *_scale_invs(env))
+
+
+def expected_chunks(env: Env, batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """k and v of each prefix chunk, in float64, by the layer's own projection of what the
+    cache holds; divided by their scales."""
+    dims, done, chunks = env.dims, [0] * len(batch.prefix_lens), []
+    k_scale_inv, v_scale_inv = _scale_invs(env)
     cache = batch.cache_before.view(env.pool.dtype)
-    rows = cache[batch.prefix_slots[request], 0].double()
-    latent, k_pe = rows.split([dims.kv_lora, dims.rope], dim=-1)
-    kv = latent @ env.attn.kv_b_proj.weight.double().T
-    kv = kv.view(-1, dims.heads, dims.nope + dims.v)
-    k_pe = k_pe.unsqueeze(1).expand(-1, dims.heads, -1)
-    return torch.cat([kv[..., : dims.nope], k_pe], dim=-1), kv[..., dims.nope :]
-
-
-def expected_attention(
-    env: Env,
-    batch: Batch,
-    *,
-    lse_base: float = math.e,
-    quantize: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
-) -> torch.Tensor:
-    """Float64 attention of the real tokens over prefix and extension.
-
-    SGLang merges prefix chunks by natural log-sum-exps. `lse_base=2` gives what comes
-    out when the kernel returns base-2 ones, as trtllm-gen does; with the default the
-    result is plain softmax attention. `quantize` is applied to q, and to k and v over
-    their scales.
-    """
-    exact, n = expected(env, batch), batch.tokens
-
-    def operand(x: torch.Tensor, scale: float) -> torch.Tensor:
-        return quantize(x / scale).double() * scale
-
-    q = operand(exact.q[:n], 1.0)
-    k, v = operand(exact.k[:n], env.k_scale), operand(exact.v[:n], env.v_scale)
-    scale, cu_q = env.attn.scaling, batch.cu_q
-    factor = 1 / math.log(lse_base)
-    out, lse = attention64(q, k, v, cu_q, cu_q, scale, causal=True)
-    lse = lse * factor
-    prefixes = [prefix_kv64(env, batch, i) for i in range(len(batch.prefix_lens))]
-    done = [0] * len(prefixes)
     for lens in batch.chunk_lens():
-        parts = []
-        for i, size in enumerate(lens):
-            parts.append([x[done[i] : done[i] + size] for x in prefixes[i]])
-            done[i] += size
-        k, v = (torch.cat(x) for x in zip(*parts))
-        k, v = operand(k, env.k_scale), operand(v, env.v_scale)
-        part = attention64(q, k, v, cu_q, _cumulate(lens), scale, causal=False)
-        out, lse = merge64(part[0], part[1] * factor, out, lse)
-    return out
+        slots = [s[d : d + n] for s, d, n in zip(batch.prefix_slots, done, lens)]
+        done = [d + n for d, n in zip(done, lens)]
+        rows = cache[torch.cat(slots), 0].to(env.dtype)
+        latent, k_pe = rows.split([dims.lora, dims.rope], dim=-1)
+        with torch.no_grad():
+            kv = env.attn.kv_b_proj(latent.contiguous())[0]
+        k_nope, v = kv.view(-1, dims.heads, dims.nope + dims.v).split(
+            [dims.nope, dims.v], dim=-1
+        )
+        k_pe = k_pe.unsqueeze(1).expand(-1, dims.heads, -1)
+        k = torch.cat([k_nope, k_pe], dim=-1).double()
+        chunks.append((k * k_scale_inv, v.double() * v_scale_inv))
+    return chunks
 
 
-def expected_output(env: Env, attention: torch.Tensor) -> torch.Tensor:
-    """The layer's output for an attention output, in float64."""
-    return attention.flatten(1) @ env.attn.o_proj.weight.double().T
+def expected_attention(env: Env, batch: Batch) -> torch.Tensor:
+    """Attention of the real tokens over prefix and extension, in float64, of operands
+    rounded to FP8."""
+    exact, n = expected(env, batch), batch.tokens
+    keys = [[] for _ in batch.prefix_lens]
+    values = [[] for _ in batch.prefix_lens]
+    parts = [*zip(expected_chunks(env, batch), batch.chunk_lens())]
+    parts.append(((exact.k[:n], exact.v[:n]), batch.extend_lens))
+    for (k, v), lens in parts:
+        for i, (some_k, some_v) in enumerate(zip(k.split(lens), v.split(lens))):
+            keys[i].append(some_k)
+            values[i].append(some_v)
+    lens = [sum(map(len, request)) for request in keys]
+    k_scale, v_scale = env.scales
+    q, k, v = (
+        reference.round_to_fp8(x, torch.float8_e4m3fn).double()
+        for x in (exact.q[:n], torch.cat(sum(keys, [])), torch.cat(sum(values, [])))
+    )
+    out, _ = kernels.ragged_attention(
+        q,
+        k,
+        v,
+        cumulate(batch.extend_lens),
+        cumulate(lens),
+        env.attn.scaling * k_scale,
+        causal=True,
+        dtype=torch.float64,
+    )
+    return out * v_scale
 
 
 def relative_error(actual: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -24,6 +24,8 @@ def install() -> bool:
     if HAS_GPU:
         return False
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    # Tensors are small here, and test workers as many as cores.
+    torch.set_num_threads(1)
     _define_torchvision_ops()
     if os.environ["TRITON_INTERPRET"] == "1":
         _fix_interpreter()

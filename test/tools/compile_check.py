@@ -1,24 +1,31 @@
-"""`make compile-check`: compile the kernels for every GPU family, without a GPU, and
-read in the PTX and the machine code what their speed and rounding rest on.
+"""`make compile-check`: compile the kernels for every GPU family, without a GPU, and read
+in the machine code what their speed and rounding rest on.
 
-Runs on the patched SGLang first on PYTHONPATH, and without TRITON_INTERPRET.
+The public functions are called on the CPU; where they would launch, Triton compiles for
+the target what it would compile for that launch.
 """
 
 from __future__ import annotations
 
+import argparse
+import functools
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple, Optional
+from unittest import mock
 
 # Decides, before Triton is imported, that kernels are compiled and not interpreted.
 os.environ["TRITON_INTERPRET"] = "0"
 # A cache may hold what another process made of other sources.
 os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="compile-check-")
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent / "support"), *map(str, HERE.parents[:2])]
 
 import sglang_cpu
 
@@ -27,249 +34,211 @@ sglang_cpu.install()
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
-from sglang.jit_kernel import fp8_quantize as quantize_module
-from sglang.jit_kernel import mla_kv_pack_quantize_fp8 as pack_module
-from sglang.jit_kernel import mla_prefill_quantize_fp8 as prefill_module
-
-CUDA = {"sm90": 90, "sm100": 100, "sm103": 103, "sm120": 120}
-# FP8 conversion but no PDL.
-CUDA_WITHOUT_PDL = {"sm89": 89}
-HIP = {"gfx942": "gfx942", "gfx950": "gfx950"}
-
-# name: (heads, nope, rope, v, lora); heads as they occur after tensor parallelism
-SHAPES = {
-    "DeepSeek-V3": (128, 128, 64, 128, 512),
-    "DeepSeek-V3 tp8": (16, 128, 64, 128, 512),
-    "GLM-4.7-Flash": (20, 192, 64, 256, 512),
-    "GLM-4.7-Flash tp4": (5, 192, 64, 256, 512),
-    "Mistral 4": (32, 64, 64, 128, 256),
-    "one head": (1, 128, 64, 128, 512),
+TARGETS = {
+    "sm90": GPUTarget("cuda", 90, 32),
+    "sm100": GPUTarget("cuda", 100, 32),
+    "sm103": GPUTarget("cuda", 103, 32),
+    "sm120": GPUTarget("cuda", 120, 32),
+    "sm89": GPUTarget("cuda", 89, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
 }
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+PDL_TARGETS = ("sm90", "sm100", "sm103", "sm120")
+# Models and heads a rank; None is all of them.
+SHAPES = [
+    ("deepseek-v3", None),
+    ("deepseek-v3", 16),
+    ("deepseek-v3", 1),
+    ("glm-4.7-flash", None),
+    ("glm-4.7-flash", 5),
+    ("mistral-4", None),
+]
+PREFILL_OPTIONS = [
+    dict(is_neox=True),
+    dict(is_neox=None),
+    dict(dtype=torch.float16),
+    dict(fp8_dtype=torch.float8_e5m2),
+    dict(scale=0.5),
+    dict(scale=torch.tensor(0.5)),
+]
 
 
-class Captured(Exception):
-    """Carries what a public function would have launched."""
-
-
-@dataclass
-class Job:
+class Job(NamedTuple):
     """One specialization for one target."""
 
-    name: str
     target: str
+    operation: str
     pdl: bool
-    kernel: str
-    shape: tuple
-    fp8_dtype: torch.dtype = E4M3
-    dtype: torch.dtype = torch.bfloat16
-    style: str = "interleaved"
-    scale: float = 1.0
+    model: str = "deepseek-v3"
+    heads: Optional[int] = None
+    options: dict = {}
 
-    def compile(self):
-        """Compile exactly what the public function launches for these inputs."""
-        kernel, tensors, numbers, constexprs, warps = self.launch()
-        constexprs["ENABLE_PDL"] = self.pdl
-        constexprs["CONVERSION"] = {
-            **{name: quantize_module.CONVERT_CLAMPED for name in HIP},
-            **{
-                name: quantize_module.CONVERT_THROUGH_FLOAT16
-                for name in CUDA_WITHOUT_PDL
-            },
-        }.get(self.target, quantize_module.CONVERT_DIRECTLY)
-        not_specialized = {
-            p.name for p in kernel.params if getattr(p, "do_not_specialize", False)
-        }
-        signature, attrs = {}, {}
-        values = dict(zip(kernel.arg_names, (*tensors, *numbers)))
-        for i, name in enumerate(kernel.arg_names):
-            if name in constexprs:
-                signature[name] = "constexpr"
-                continue
-            value = values[name]
-            if value is None:
-                signature[name] = "constexpr"
-                constexprs[name] = None
-            elif isinstance(value, torch.Tensor):
-                signature[name] = "*" + POINTERS[value.dtype]
-                attrs[(i,)] = [["tt.divisibility", 16]]
-            elif isinstance(value, float):
-                signature[name] = "fp32"
-            else:
-                signature[name] = "i32"
-                if name not in not_specialized and value % 16 == 0:
-                    attrs[(i,)] = [["tt.divisibility", 16]]
-        if self.target in HIP:
-            target = GPUTarget("hip", HIP[self.target], 64)
-        else:
-            target = GPUTarget("cuda", {**CUDA, **CUDA_WITHOUT_PDL}[self.target], 32)
-        source = ASTSource(kernel, signature, constexprs, attrs)
-        options = {"num_warps": warps}
-        if self.pdl:
-            options["launch_pdl"] = True
-        return triton.compile(source, target=target, options=options)
-
-    def launch(self):
-        """(kernel, tensors, numbers, constexprs, warps) of the public function."""
-        heads, nope, rope, v, lora = self.shape
-        s = 2
-        x = lambda *size: torch.zeros(size, dtype=self.dtype)
-        kv = x(s, heads, nope + v)
-        if self.kernel == "prefill":
-            cos_sin = None if self.style == "none" else torch.zeros(64, rope)
-            call = lambda: prefill_module.mla_prefill_quantize_fp8(
-                q=x(s, heads, nope + rope),
-                kv=kv,
-                kv_a=x(s, lora),
-                k_pe=x(s, 1, lora + rope)[..., lora:],
-                positions=torch.zeros(s, dtype=torch.int64),
-                cos_sin_cache=cos_sin,
-                is_neox=self.style == "neox",
-                qk_nope_head_dim=nope,
-                kv_cache=torch.zeros(64, 1, lora + rope, dtype=self.fp8_dtype),
-                cache_loc=torch.zeros(s, dtype=torch.int64),
-                k_scale_inv=self.scale,
-                v_scale_inv=self.scale,
-                fp8_dtype=self.fp8_dtype,
-            )
-        elif self.kernel == "pack":
-            call = lambda: pack_module.mla_kv_pack_quantize_fp8(
-                kv[..., :nope],
-                x(s, 1, rope),
-                kv[..., nope:],
-                self.scale,
-                self.scale,
-                fp8_dtype=self.fp8_dtype,
-            )
-        else:
-            call = lambda: quantize_module.fp8_quantize(
-                kv[..., nope:], self.scale, fp8_dtype=self.fp8_dtype
-            )
-        try:
-            call()
-        except Captured as captured:
-            return captured.args[0]
-        raise AssertionError(f"{self.name} launched nothing")
+    def __str__(self) -> str:
+        parts = [self.target, self.operation, self.model]
+        parts += [f"{self.heads} heads"] if self.heads else []
+        parts += [f"{name}={value!r}" for name, value in self.options.items()]
+        return " ".join(parts) + ("" if self.pdl else ", no PDL")
 
 
-POINTERS = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.int64: "i64",
-    E4M3: "fp8e4nv",
-    E5M2: "fp8e5",
-}
-
-
-def _capture(launcher, num_programs, tensors, numbers):
-    raise Captured(
-        (
-            launcher._kernel,
-            tensors,
-            numbers,
-            dict(launcher._constexprs),
-            launcher._options["num_warps"],
-        )
-    )
-
-
-def _no_device_check(name, x):
-    """The inputs here are on the CPU and only described to the compiler."""
-
-
-def prepare_modules() -> None:
-    quantize_module.Launcher.__call__ = _capture
-    for module in (quantize_module, pack_module, prefill_module):
-        module.check_device = _no_device_check
+class Compiled(Exception):
+    """Carries the kernel out of the function that would launch it."""
 
 
 def jobs() -> list[Job]:
     todo = []
-    targets = {
-        **{t: True for t in CUDA},
-        **{t: False for t in (*CUDA_WITHOUT_PDL, *HIP)},
-    }
-    for target, pdl in targets.items():
-        first = target in ("sm90", "sm100")
-        for name, shape in SHAPES.items():
-            if name != "DeepSeek-V3" and not first:
-                continue
-            for kernel in ("prefill", "pack", "quantize"):
-                todo.append(Job(name, target, pdl, kernel, shape))
-        deepseek = SHAPES["DeepSeek-V3"]
-        variants = [dict(style="neox"), dict(style="none")] if first else []
-        if first:
-            variants += [dict(dtype=torch.float16), dict(fp8_dtype=E5M2)]
-            variants += [dict(scale=0.5)]
-        for variant in variants:
-            name = "DeepSeek-V3 " + "".join(str(v) for v in variant.values())
-            todo.append(Job(name, target, pdl, "prefill", deepseek, **variant))
-    for target in CUDA:
-        todo.append(Job("no PDL", target, False, "prefill", SHAPES["DeepSeek-V3"]))
+    for target in TARGETS:
+        pdl = target in PDL_TARGETS
+        full = target in ("sm90", "sm100")
+        for model, heads in SHAPES if full else SHAPES[:1]:
+            todo.append(Job(target, "prefill", pdl, model, heads))
+            todo.append(Job(target, "pack", pdl, model, heads))
+        todo.append(Job(target, "quantize", pdl))
+        if full:
+            for options in PREFILL_OPTIONS:
+                todo.append(Job(target, "prefill", pdl, options=options))
+        if pdl:
+            todo.append(Job(target, "prefill", pdl=False))
     return todo
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and local memory of machine code, as cuobjdump reports them."""
+def call(job: Job) -> None:
+    """Call the public function as SGLang does."""
+    from sglang.jit_kernel.fp8_quantize import fp8_quantize
+    from sglang.jit_kernel.mla_kv_pack_quantize_fp8 import mla_kv_pack_quantize_fp8
+    from sglang.jit_kernel.mla_prefill_quantize_fp8 import mla_prefill_quantize_fp8
+    from sglang.jit_kernel.tests.fp8_reference import MODELS, prefill_inputs
+
+    dims = MODELS[job.model]
+    dims = dims._replace(heads=job.heads or dims.heads)
+    options = dict(job.options)
+    fp8_dtype = options.pop("fp8_dtype", torch.float8_e4m3fn)
+    scale = options.pop("scale", 1.0)
+    x = prefill_inputs(dims, tokens=2, **options)
+    x.update({name: x[name].contiguous() for name in ("q", "kv", "kv_a")})
+    k_nope, v = x["kv"][..., : dims.nope], x["kv"][..., dims.nope :]
+    # Decided when a kernel is defined; of a call, only whether the CPU is accepted.
+    triton.knobs.runtime.interpret = True
+    if job.operation == "prefill":
+        x["kv_cache"] = x["kv_cache"].view(fp8_dtype)
+        mla_prefill_quantize_fp8(
+            **x, k_scale_inv=scale, v_scale_inv=scale, fp8_dtype=fp8_dtype
+        )
+    elif job.operation == "pack":
+        mla_kv_pack_quantize_fp8(k_nope, x["k_pe"], v)
+    else:
+        fp8_quantize(v)
+
+
+def compile_job(job: Job):
+    """Triton's compiled kernel for what the job's call launches."""
+    from sglang.jit_kernel import fp8_common
+
+    target = TARGETS[job.target]
+    driver = SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: target,
+        get_current_stream=lambda device: 0,
+    )
+    hip = target.backend == "hip"
+    with mock.patch.object(fp8_common, "is_hip_runtime", lambda: hip):
+        capability = None if hip else divmod(target.arch, 10)
+        with mock.patch("torch.cuda.get_device_capability", lambda device: capability):
+            conversion = fp8_common.fp8_conversion(torch.device("cuda"))
+    run = JITFunction.run
+
+    def compile_only(kernel, *args, grid, warmup, **options):
+        options.update(CONVERSION=conversion, ENABLE_PDL=job.pdl)
+        if job.pdl:
+            options["launch_pdl"] = True
+        raise Compiled(run(kernel, *args, grid=grid, warmup=True, **options))
+
+    triton.runtime.driver.set_active(driver)
+    with mock.patch.object(JITFunction, "run", compile_only):
+        try:
+            call(job)
+        except Compiled as compiled:
+            return compiled.args[0]
+    raise AssertionError(f"{job} launched nothing")
+
+
+def read_ptx(job: Job, compiled) -> tuple[str, list[str]]:
+    """(a summary, what is wrong) of code for an NVIDIA GPU."""
+    ptx, wrong = compiled.asm["ptx"], []
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, ptx))
+
+    loads = count(r"\bld\.global\S*\.(?:v4\.b32|v2\.b64)")
+    stores = count(r"\bst\.global\S*\.(?:v4\.b32|v2\.b64)")
+    # Packing is fastest with eight elements a thread: 16 bytes in, 8 bytes out.
+    narrower = count(r"\bst\.global\S*\.(?:v2\.b32|b64)") * (job.operation == "pack")
+    if loads == 0 or stores + narrower == 0:
+        wrong.append(f"{loads} loads and {stores} stores of 128 bits")
+    conversions = count(r"\bcvt\.rn\S+e[45]m[23]")
+    # SM89 has no conversion from two float32 that rounds to nearest even.
+    source = "f16x2" if job.target == "sm89" else "f32"
+    packed = count(rf"\bcvt\.rn\.satfinite\.e[45]m[23]x2\.{source}")
+    if conversions == 0 or conversions != packed:
+        wrong.append(f"{packed} of {conversions} conversions saturate and are packed")
+    for instruction in ("griddepcontrol.wait", "griddepcontrol.launch_dependents"):
+        if (instruction in ptx) != job.pdl:
+            wrong.append(f"{instruction} {'missing' if job.pdl else 'present'}")
+    usage = cubin_usage(compiled.asm["cubin"])
+    if usage["STACK"] or usage["LOCAL"] or count(r"\b(?:ld|st)\.local"):
+        wrong.append(f"registers spill: {usage}")
+    summary = f"{usage['REG']} registers, 128-bit: {loads} loads, {stores} stores"
+    return summary, wrong
+
+
+def cubin_usage(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and local memory, as cuobjdump reports them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        done = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        output = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
         )
-    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", done.stdout + done.stderr))
-    return {name: int(value) for name, value in found.items()}
+    found = re.findall(r"\b(REG|STACK|LOCAL):(\d+)", output.stdout + output.stderr)
+    return {name: int(value) for name, value in found}
 
 
-def check(job: Job) -> tuple[Job, str, list[str]]:
-    """Compile and return (job, summary, what is wrong)."""
-    prepare_modules()
-    compiled = job.compile()
-    wrong = []
-    if job.target in HIP:
-        return job, f"{len(compiled.asm['hsaco'])} bytes of hsaco", wrong
-    ptx = compiled.asm["ptx"]
-    count = Counter(
-        re.findall(r"\b(?:ld|st)\.global\S*|\bcvt\.rn\S+e[45]m[23]\S+", ptx)
+def read_amdgcn(job: Job, compiled) -> tuple[str, list[str]]:
+    code, wrong = compiled.asm["amdgcn"], []
+    loads = len(re.findall(r"\b(?:global|buffer)_load_dwordx[24]\b", code))
+    if loads == 0:
+        wrong.append("no load of 64 or 128 bits")
+    registers, spills = (
+        int(re.search(rf"\.vgpr_{name}: +(\d+)", code)[1])
+        for name in ("count", "spill_count")
     )
-    total = lambda pattern: sum(n for op, n in count.items() if re.search(pattern, op))
-    loads16 = total(r"^ld\.global.*\.v4\.b32|^ld\.global.*\.v2\.b64")
-    stores16 = total(r"^st\.global.*\.v4\.b32|^st\.global.*\.v2\.b64")
-    stores8 = total(r"^st\.global.*\.v2\.b32|^st\.global.*\.b64")
-    converts = total(r"^cvt")
-    source = "f16x2" if job.target in CUDA_WITHOUT_PDL else "f32"
-    saturating = total(rf"^cvt\.rn\.satfinite\..*x2\.{source}")
-    if loads16 == 0:
-        wrong.append("no 128-bit global load")
-    # Packing is fastest with eight elements to a thread: 16 bytes in, 8 bytes out.
-    if stores16 + (stores8 if job.kernel == "pack" else 0) == 0:
-        wrong.append("no wide global store")
-    if saturating == 0 or converts != saturating:
-        wrong.append(f"{converts} FP8 conversions, {saturating} saturating and packed")
-    if ("griddepcontrol.wait" in ptx) != job.pdl:
-        wrong.append("griddepcontrol.wait " + ("missing" if job.pdl else "present"))
-    if ("griddepcontrol.launch_dependents" in ptx) != job.pdl:
-        wrong.append("griddepcontrol.launch_dependents misplaced")
-    if re.search(r"\b(ld|st)\.local", ptx):
-        wrong.append("local memory in the PTX")
-    usage = resources(compiled.asm["cubin"])
-    if usage["STACK"] or usage["LOCAL"]:
-        wrong.append(f"registers spill: {usage}")
-    summary = f"{usage['REG']:>3} registers, 128-bit: {loads16} loads {stores16} stores"
-    return job, summary, wrong
+    if spills:
+        wrong.append(f"{spills} registers spill")
+    return f"{registers} registers, {loads} wide loads", wrong
+
+
+def check(job: Job) -> tuple[str, list[str]]:
+    compiled = compile_job(job)
+    read = read_amdgcn if TARGETS[job.target].backend == "hip" else read_ptx
+    return read(job, compiled)
 
 
 def main() -> int:
-    failures = 0
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--sglang", default="0.5.12.post1")
+    options = parser.parse_args()
+    import patched_sglang
+
+    sys.path.insert(0, str(patched_sglang.lay_out(options.sglang).patched))
     todo = jobs()
+    failures = 0
     with ProcessPoolExecutor(2) as pool:
-        for job, summary, wrong in pool.map(check, todo):
-            what = f"{job.target:<7} {job.kernel:<9} {job.name}"
-            print(f"{what:<48} {summary} {'; '.join(wrong) or 'ok'}", flush=True)
+        for job, (summary, wrong) in zip(todo, pool.map(check, todo)):
+            print(f"{job}: {summary}: {'; '.join(wrong) or 'ok'}", flush=True)
             failures += bool(wrong)
     print(f"{len(todo) - failures} passed, {failures} failed")
     return 1 if failures else 0

@@ -304,7 +304,7 @@ class TestPage:
         for row in rows:
             for scenario in page.SCENARIOS:
                 if scenario in row:
-                    assert compare.problems_of("", row[scenario]) == []
+                    assert compare.problems_of("", scenario, row[scenario]) == []
 
     def test_problems_are_named_and_sections_that_did_not_run(self):
         rows = [{"section": "load", "problems": ["load: it broke"]}]

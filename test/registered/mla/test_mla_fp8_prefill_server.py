@@ -48,7 +48,9 @@ class MLAFp8PrefillServer(GSM8KMixin):
         options += ["--disable-piecewise-cuda-graph"]
         options += ["--model-loader-extra-config", '{"enable_multithread_load": true}']
         cls.process = popen_launch_server(
-            *(cls.model, cls.base_url, DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH),
+            cls.model,
+            cls.base_url,
+            DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH,
             other_args=options,
             return_stdout_stderr=cls.output,
         )
@@ -58,12 +60,10 @@ class MLAFp8PrefillServer(GSM8KMixin):
         kill_process_tree(cls.process.pid, wait_timeout=60)
 
     def generate(self, prompt: str) -> dict:
+        sampling = {"temperature": 0, "max_new_tokens": 16}
         response = requests.post(
             f"{self.base_url}/generate",
-            json={
-                "text": prompt,
-                "sampling_params": {"temperature": 0, "max_new_tokens": 16},
-            },
+            json={"text": prompt, "sampling_params": sampling},
             timeout=600,
         )
         response.raise_for_status()
@@ -72,7 +72,7 @@ class MLAFp8PrefillServer(GSM8KMixin):
     def test_log_says_that_the_hook_is_on(self):
         log = "".join(stream.getvalue() for stream in self.output)
         self.assertIn("FP8 prefill preparation with the fused producer", log)
-        self.assertNotIn("FP8 prefill preparation declined", log)
+        self.assertNotIn("FP8 prefill preparation decline", log)
 
     def test_prefix_cache_hit(self):
         requests.post(

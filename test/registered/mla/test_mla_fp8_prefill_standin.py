@@ -13,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import unittest
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +27,7 @@ from sglang.test.test_utils import (
     DEFAULT_URL_FOR_TEST,
     CustomTestCase,
 )
+from sglang.utils import wait_for_http_ready
 
 register_cuda_ci(est_time=240, stage="stage-b", runner_config="1-gpu-large")
 
@@ -57,15 +57,12 @@ class Run(NamedTuple):
 
 
 def generate(url: str, prompts: list[list[int]], logprob_start_len: int) -> list[dict]:
+    sampling = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
     response = requests.post(
         f"{url}/generate",
         json={
             "input_ids": prompts,
-            "sampling_params": {
-                "temperature": 0,
-                "max_new_tokens": 4,
-                "ignore_eos": True,
-            },
+            "sampling_params": sampling,
             "return_logprob": True,
             "logprob_start_len": logprob_start_len,
         },
@@ -81,23 +78,10 @@ def input_logprobs(answer: dict) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def wait_until_healthy(url: str, process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            if requests.get(f"{url}/health_generate", timeout=30).status_code == 200:
-                return
-        except requests.RequestException:
-            pass
-        time.sleep(1)
-    ended = "not healthy in time" if process.poll() is None else "ended"
-    raise RuntimeError(f"the server {ended}:\n{log.read_text()[-8000:]}")
-
-
-def run_server(model: Path, attention_backend: str, producer: str, folder: Path) -> Run:
-    folder.mkdir()
-    log = folder / "log.txt"
-    url = f"http://{HOST}:{PORTS[producer]}"
+def launch_server(
+    model: Path, attention_backend: str, producer: str, folder: Path
+) -> subprocess.Popen:
+    """popen_launch_server, for another main module than SGLang's."""
     command = [sys.executable, "-m", "mla_standin.launch_server"]
     command += ["--model-path", str(model), "--skip-tokenizer-init"]
     command += ["--host", HOST, "--port", str(PORTS[producer])]
@@ -109,38 +93,43 @@ def run_server(model: Path, attention_backend: str, producer: str, folder: Path)
     command += ["--disable-cuda-graph", "--disable-piecewise-cuda-graph"]
     inherited = filter(None, [os.environ.get("PYTHONPATH")])
     env = {
+        **os.environ,
         "PYTHONPATH": os.pathsep.join([str(TEST), *inherited]),
         "SGLANG_MLA_FP8_PREFILL": producer,
         "STANDIN_RECORD": str(folder),
     }
-    with open(log, "w") as output:
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, **env},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+    with open(folder / "log.txt", "w") as log:
+        return subprocess.Popen(command, env=env, stdout=log, stderr=log)
+
+
+def run_server(model: Path, attention_backend: str, producer: str, folder: Path) -> Run:
+    folder.mkdir()
+    log = folder / "log.txt"
+    url = f"http://{HOST}:{PORTS[producer]}"
+    process = launch_server(model, attention_backend, producer, folder)
     try:
-        wait_until_healthy(url, process, log)
+        wait_for_http_ready(
+            f"{url}/health_generate",
+            DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH,
+            process,
+            request_timeout=30,
+        )
         rng = random.Random(0)
         prompts = [[rng.randrange(VOCAB) for _ in range(n)] for n in LENS]
         answers = generate(url, prompts, logprob_start_len=0)
         longest = prompts[-1]
         tail = [rng.randrange(VOCAB) for _ in range(300)]
         (hit,) = generate(url, [longest + tail], logprob_start_len=len(longest))
+    except Exception:
+        print(log.read_text()[-8000:])
+        raise
     finally:
         kill_process_tree(process.pid, wait_timeout=60)
-    logprobs = {
-        f"{n} tokens": input_logprobs(answer) for n, answer in zip(LENS, answers)
-    }
+    logprobs = {f"{n} tokens": input_logprobs(a) for n, a in zip(LENS, answers)}
     logprobs["behind a cached prefix"] = input_logprobs(hit)
     records = [json.loads(file.read_text()) for file in folder.glob("record-*.json")]
-    return Run(
-        logprobs,
-        hit["cached_tokens"],
-        [call for record in records for call in record["calls"]],
-        log.read_text(),
-    )
+    calls = [call for record in records for call in record["calls"]]
+    return Run(logprobs, hit["cached_tokens"], calls, log.read_text())
 
 
 class HookOnAgainstOff:
@@ -153,8 +142,7 @@ class HookOnAgainstOff:
         from mla_standin.models import make_model
 
         with tempfile.TemporaryDirectory() as work:
-            model = Path(work, "model")
-            make_model("deepseek_v3", model)
+            model = make_model("deepseek_v3", Path(work, "model"))
 
             def run(producer: str) -> Run:
                 folder = Path(work, producer)
@@ -166,7 +154,7 @@ class HookOnAgainstOff:
     def test_log_says_which_path_it_is(self):
         what = "FP8 prefill preparation"
         self.assertIn(f"{what} with the fused producer", self.on.log)
-        self.assertNotIn(f"{what} declined", self.on.log)
+        self.assertNotIn(f"{what} decline", self.on.log)
         self.assertIn(f"{what} declined, SGLANG_MLA_FP8_PREFILL=off", self.off.log)
 
     def test_kernel_is_handed_fp8(self):
@@ -177,9 +165,8 @@ class HookOnAgainstOff:
             for call in calls:
                 dtypes = [call[f"{name}_dtype"] for name in "qkv"]
                 self.assertEqual(dtypes, [FP8] * 3, call)
-        for call in self.on.calls:
-            if call["kernel"] == self.prefill_kernel:
-                self.assertTrue(call["contiguous"], call)
+                if run is self.on:
+                    self.assertTrue(call["contiguous"], call)
 
     def test_prefix_is_cached(self):
         self.assertGreaterEqual(self.on.cached_tokens, LENS[-1] - 64)
@@ -193,9 +180,7 @@ class HookOnAgainstOff:
                 self.assertEqual(len(on), len(off))
                 self.assertTrue(all(map(math.isfinite, on + off)))
                 distance = statistics.fmean(abs(a - b) for a, b in zip(on, off))
-                print(
-                    f"{self.attention_backend}, {name}: {distance=:.4f} {spread=:.4f}"
-                )
+                print(f"{name}: {distance=:.4f} {spread=:.4f}")
                 self.assertLess(distance, TOLERANCE * spread)
         # One rounding or two: were all of them equal, both servers took one path.
         self.assertNotEqual(self.on.logprobs, self.off.logprobs)

@@ -3,7 +3,8 @@
 The distance of an answer is |log p(server) - log p(transformers)|, summed over the
 prompt's tokens. Both servers of a pair answer the same prompts; the ratio of their sums,
 patched to unpatched, has a bootstrap interval over prompts (those that share a prefix
-together). It may not reach beyond 1 + MARGIN.
+together). It may not reach beyond 1 + MARGIN, of a single scenario, which has fewer
+prompts, beyond 1 + SCENARIO_MARGIN.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from resampling import ratio_of_sums
 
 from e2e.servers import Answer, Request, Server, faults
 
-MARGIN = 0.05
+MARGIN, SCENARIO_MARGIN = 0.02, 0.05
 # Beyond this mean distance, server and reference do not run the same model.
 CEILING = 0.5
 NEW_TOKENS = 8
@@ -165,13 +166,14 @@ def ratio(distances: Mapping[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
-def problems_of(where: str, row: Mapping[str, Any]) -> list[str]:
-    found = []
+def problems_of(where: str, scenario: str, row: Mapping[str, Any]) -> list[str]:
+    margin = MARGIN if scenario == "all" else SCENARIO_MARGIN
+    where, found = f"{where}, {scenario}", []
     value, low, high = row["ratio"]
-    if not high <= 1 + MARGIN:
+    if not high <= 1 + margin:
         found.append(
             f"{where}: the distance from transformers is {value:.3f} times the unpatched "
-            f"server's ({low:.3f} to {high:.3f}), where up to {1 + MARGIN:.2f} is right"
+            f"server's ({low:.3f} to {high:.3f}), where up to {1 + margin:.2f} is right"
         )
     if not row["unpatched"] <= CEILING:
         found.append(

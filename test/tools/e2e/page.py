@@ -15,7 +15,7 @@ from typing import Any
 from resampling import RESAMPLES
 from tabulate import tabulate
 
-from e2e.compare import MARGIN
+from e2e.compare import MARGIN, SCENARIO_MARGIN
 
 Row = Mapping[str, Any]
 
@@ -55,7 +55,8 @@ COMPARE = f"""
 The distance from transformers' own forward is the mean over the prompts' tokens of
 |log p(server) - log p(transformers)|. Its ratio, patched to unpatched, has a 95%
 bootstrap interval over prompts ({RESAMPLES:,} resamples, suffixes of one prefix
-together), which may not reach beyond {1 + MARGIN:.2f}. Prompts are random ids: 1 to
+together), which may not reach beyond {1 + MARGIN:.2f}, of a
+single scenario beyond {1 + SCENARIO_MARGIN:.2f}. Prompts are random ids: 1 to
 16,000 tokens one at a time, 64 of up to 4,096 tokens at once, and suffixes of 2 to 2,000
 tokens behind cached prefixes of 64 to 12,288 in one to many chunks (`--quick`: up to
 2,049, and prefixes up to 2,048). With trtllm_mla the stand-in returns natural

@@ -228,7 +228,7 @@ def run_pair(run: Run, case: Case, gpus: Sequence[int]) -> dict[str, Any]:
             problems.append(f"{where}, {scenario}: nothing to compare")
             continue
         row[scenario] = compare.ratio(found)
-        problems += compare.problems_of(f"{where}, {scenario}", row[scenario])
+        problems += compare.problems_of(where, scenario, row[scenario])
     if case.off:
         off, unpatched = (answers[side]["alone"] for side in ("off", "unpatched"))
         row["off"] = compare.bit_equal(off, unpatched)

@@ -246,9 +246,9 @@ class Swap(Edit):
         return Splice(*found[0], self.new)
 
     def undone(self, source: Source) -> Iterator[Splice]:
-        lost = _expression(self.old)
+        kind = Pattern(self.stmt.kind, ())  # it may not mention what it did
         for stmt in self._statements(source):
-            if self.stmt.may_have_fitted(stmt, lost):
+            if kind.fits(stmt):
                 for span in self._occurrences(source, stmt, self.new):
                     yield Splice(*span, self.old)
 

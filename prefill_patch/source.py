@@ -62,13 +62,6 @@ class Pattern(NamedTuple):
             for name in self.names
         )
 
-    def may_have_fitted(self, stmt: ast.stmt, lost: ast.expr) -> bool:
-        """Whether `stmt` may be the one meant, had it the expression `lost`."""
-        named = mentions(stmt) | mentions(ast.Expr(lost))
-        return isinstance(stmt, KINDS[self.kind]) and all(
-            name in named for name in self.names if not name.startswith("!")
-        )
-
 
 def decode(data: bytes) -> tuple[str, Frame]:
     """The text of a Python file, every line complete, and the rest of its bytes."""

@@ -151,35 +151,20 @@ def _download(version: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
     command += ["--disable-pip-version-check", "--only-binary=:all:"]
     command += [f"--dest={folder}", f"sglang=={version}"]
-    complaints = []
     for options in ((), _ANY_HOST):
         done = subprocess.run([*command, *options], capture_output=True, text=True)
-        complaints += [
-            line.removeprefix("ERROR: ")
-            for line in done.stderr.splitlines()
-            if line.startswith("ERROR: ") or "No module named" in line
-        ]
-        wheels = sorted(folder.glob("sglang-*.whl"))
-        if done.returncode == 0 and wheels:
-            return wheels[0]
-    why = complaints[-1] if complaints else "pip did not say why"
+        for wheel in folder.glob("sglang-*.whl"):
+            return wheel
+    why = (done.stderr.strip().splitlines() or ["pip did not say why"])[-1]
     raise PatchError(f"SGLang {version}: pip could not get the wheel: {why}")
 
 
 def _extract(wheel: Path, folder: Path) -> None:
-    """Unpack the package itself; every entry has to stay inside `folder`."""
+    """Unpack the package itself."""
     try:
         with zipfile.ZipFile(wheel) as archive:
-            for entry in archive.infolist():
-                path = PurePosixPath(entry.filename)
-                if path.is_absolute() or ".." in path.parts or "\\" in entry.filename:
-                    raise PatchError(f"{wheel.name}: unsafe path {entry.filename!r}")
-                if path.parts[:1] != ("sglang",) or entry.is_dir():
-                    continue
-                file = folder / path
-                file.parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(entry) as packed, open(file, "xb") as unpacked:
-                    shutil.copyfileobj(packed, unpacked)
+            names = [one for one in archive.namelist() if one.startswith("sglang/")]
+            archive.extractall(folder, names)
     except zipfile.BadZipFile as error:
         raise PatchError(f"{wheel.name}: not a wheel: {error}") from None
 
@@ -198,11 +183,8 @@ def _version(root: Path, package: str) -> str:
                 names = map(ast.unparse, stmt.targets)
                 if "__version__" in names and isinstance(stmt.value.value, str):
                     return stmt.value.value
-    for metadata in sorted((root / package).parent.glob("sglang-*.dist-info/METADATA")):
-        try:
-            text = metadata.read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            continue
+    for metadata in (root / package).parent.glob("sglang-*.dist-info/METADATA"):
+        text = metadata.read_text(encoding="utf-8", errors="replace")
         found = re.search(r"^Version: *(\S+)", text, re.MULTILINE)
         if found:
             return found[1]
@@ -215,12 +197,6 @@ def _described(root: Path) -> str | None:
     if git is None or not (root / ".git").exists():
         return None
     # Named, so that no GIT_DIR of the environment and no folder above is taken.
-    command = [
-        git,
-        f"--git-dir={root / '.git'}",
-        "describe",
-        "--tags",
-        "--match=v[0-9]*",
-    ]
+    command = [git, f"--git-dir={root}/.git", "describe", "--tags", "--match=v[0-9]*"]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip().removeprefix("v") or None

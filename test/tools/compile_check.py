@@ -8,7 +8,6 @@ the target what it would compile for that launch.
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import re
 import subprocess
@@ -22,6 +21,8 @@ from unittest import mock
 
 # Decides, before Triton is imported, that kernels are compiled and not interpreted.
 os.environ["TRITON_INTERPRET"] = "0"
+# On a GPU host too, nothing here is for that GPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # A cache may hold what another process made of other sources.
 os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="compile-check-")
 HERE = Path(__file__).resolve().parent

@@ -81,7 +81,6 @@ KINDS = {
         q_lora_rank=32,
         kv_lora_rank=32,
         qk_nope_head_dim=16,
-        qk_rope_head_dim=16,
         v_head_dim=16,
     ),
 }

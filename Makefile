@@ -29,7 +29,7 @@ test: $(READY)
 
 # Compile every kernel for every GPU family and read the machine code; needs no GPU.
 compile-check: $(READY)
-	$(RUN) test/tools/bench.py --sglang $(SGLANG) --compile-check
+	$(RUN) test/tools/compile_check.py --sglang $(SGLANG)
 
 # On a GPU: tables, CSV and plots in OUT; QUICK=1 for a minute's worth.
 bench: $(READY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,12 +15,12 @@ from prefill_patch.errors import PatchError
 from prefill_patch.patch import Patch, State, build, inspect
 from prefill_patch.target import Target, open_target
 
-EXIT_APPLIED, EXIT_NOT_APPLIED, EXIT_IMPOSSIBLE, EXIT_ALTERED = range(4)
-EXIT_INTERRUPTED = 130
+EXIT_IMPOSSIBLE, EXIT_INTERRUPTED = 2, 130
+_STATUS = {State.APPLIED: 0, State.ORIGINAL: 1, State.PARTLY: 3}
 
 _TARGET = (
-    "a git checkout of SGLang, an installed package folder (site-packages, or sglang "
-    "in it), or a release number such as 0.5.12.post1"
+    "a git checkout of SGLang, or an installed package folder (site-packages, or "
+    "sglang in it)"
 )
 
 
@@ -31,10 +32,14 @@ class Command(NamedTuple):
     help: str
     run: Callable[[argparse.Namespace, Patch, Target], int]
     options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    takes_release: bool = False
 
 
 def main(argv: Sequence[str] | None = None, source: Path = SOURCE) -> int:
     """Run a subcommand and return its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # not every one is UTF-8
     parser = argparse.ArgumentParser(
         prog="python3 -m prefill_patch",
         description="FP8 prefill for SGLang's MLA backends, as a patch.",
@@ -42,20 +47,23 @@ def main(argv: Sequence[str] | None = None, source: Path = SOURCE) -> int:
     subparsers = parser.add_subparsers(dest="command", required=True)
     for command in COMMANDS:
         subparser = subparsers.add_parser(command.name, help=command.help)
-        subparser.add_argument(
-            "--sglang", metavar="TARGET", required=True, help=_TARGET
-        )
+        release = ", or a release number such as 0.5.12.post1"
+        what = _TARGET + (release if command.takes_release else "")
+        subparser.add_argument("--sglang", metavar="TARGET", required=True, help=what)
         command.options(subparser)
         subparser.set_defaults(chosen=command)
     args = parser.parse_args(argv)
+    chosen: Command = args.chosen
     target = None
     try:
-        target = open_target(args.sglang)
-        return args.chosen.run(args, Patch.load(source), target)
+        target = open_target(args.sglang, chosen.takes_release)
+        return chosen.run(args, Patch.load(source), target)
     except PatchError as error:
-        return _fail(args.chosen.verb, error, target)
+        release = f" (SGLang {target.version})" if target else ""
+        _print(f"cannot {chosen.verb}: {error}{release}", file=sys.stderr)
+        return EXIT_IMPOSSIBLE
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
@@ -68,61 +76,57 @@ def run_build(args: argparse.Namespace, patch: Patch, target: Target) -> int:
         else:
             Path(args.output).write_bytes(data)
     except BrokenPipeError:
-        # The reader has seen enough; nothing is left to flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(sys.stdout)  # the reader has seen enough
     except OSError as error:
         raise PatchError(f"{args.output or 'output'}: {error.strerror}") from None
     return 0
 
 
 def run_apply(args: argparse.Namespace, patch: Patch, target: Target) -> int:
-    found = inspect(patch, target)
-    diffs = found.diffs()
-    if found.state is State.APPLIED:
-        print(f"already applied: nothing to do ({_where(target)})")
+    with install.locked(target):
+        found = inspect(patch, target)
+        diffs = found.diffs(State.ORIGINAL)
+        install.apply(found)
+    if not diffs:
+        _print(f"already applied: nothing to do ({_where(target)})")
         return 0
-    install.apply(found)
     for diff in diffs:
-        mark = "A" if diff.new else "M"
-        print(f"{mark} {diff.path}  +{diff.added} -{diff.removed}")
-    added, removed = (
-        sum(getattr(diff, name) for diff in diffs) for name in ("added", "removed")
-    )
-    print(f"applied: {len(diffs)} files, +{added} -{removed} ({_where(target)})")
+        _print(f"{'A' if diff.new else 'M'} {diff.path}  +{diff.added} -{diff.removed}")
+    added, removed = sum(d.added for d in diffs), sum(d.removed for d in diffs)
+    _print(f"applied: {len(diffs)} files, +{added} -{removed} ({_where(target)})")
     return 0
 
 
 def run_revert(args: argparse.Namespace, patch: Patch, target: Target) -> int:
-    found = inspect(patch, target)
-    if found.state is State.ORIGINAL:
-        print(f"not applied: nothing to take back ({_where(target)})")
-        return 0
-    if found.problems:
-        _fail("revert", found.problems[0], target)
-        altered = found.state is State.ALTERED
-        return EXIT_ALTERED if altered else EXIT_IMPOSSIBLE
-    install.revert(found)
-    print(f"reverted: {len(found.files)} files ({_where(target)})")
+    with install.locked(target):
+        found = inspect(patch, target)
+        # What has nothing of the patch needs nothing taken back.
+        applied = any(file.state is State.APPLIED for file in found.files)
+        ours = [file.problem for file in found.files if not file.foreign]
+        for problem in filter(None, ours if applied else found.problems):
+            raise problem
+        files = install.revert(found)
+    done = (
+        f"reverted: {len(files)} files"
+        if files
+        else "not applied: nothing to take back"
+    )
+    _print(f"{done} ({_where(target)})")
     return 0
 
 
 def run_status(args: argparse.Namespace, patch: Patch, target: Target) -> int:
     found = inspect(patch, target)
-    if found.state is State.BLOCKED:
-        raise found.problems[0]
-    if found.state is State.ORIGINAL:
-        install.check(found)
-    print(f"{found.state.value} ({_where(target)})")
     for problem in found.problems:
-        print(f"  {problem}")
+        raise problem
+    if found.state is State.ORIGINAL:
+        install.check(target, found.files)
+    _print(f"{found.state.value} ({_where(target)})")
+    if found.state is State.PARTLY:
+        for file in found.files:
+            _print(f"  {file.state.value:11}  {target.path(file.path)}")
+        _print("`apply` finishes it, `revert` takes it back")
     return _STATUS[found.state]
-
-
-_STATUS = {
-    State.APPLIED: EXIT_APPLIED,
-    State.ORIGINAL: EXIT_NOT_APPLIED,
-    State.ALTERED: EXIT_ALTERED,
-}
 
 
 def _output_option(parser: argparse.ArgumentParser) -> None:
@@ -130,13 +134,13 @@ def _output_option(parser: argparse.ArgumentParser) -> None:
 
 
 COMMANDS = (
-    Command("build", "build", "write the diff", run_build, _output_option),
-    Command("apply", "apply", "apply the patch", run_apply),
+    Command("build", "build", "write the diff", run_build, _output_option, True),
+    Command("apply", "apply", "apply the patch, or finish it", run_apply),
     Command("revert", "revert", "take the patch back", run_revert),
     Command(
         "status",
         "apply",
-        "0 applied, 1 not applied, 2 cannot be applied here, 3 partly or altered",
+        "0 applied, 1 not applied, 2 cannot be applied here, 3 partly applied",
         run_status,
     ),
     Command(
@@ -153,7 +157,15 @@ def _where(target: Target) -> str:
     return f"SGLang {target.version} in {target.root / target.package}"
 
 
-def _fail(verb: str, error: PatchError, target: Target | None) -> int:
-    release = f" (SGLang {target.version})" if target else ""
-    print(f"cannot {verb}: {error}{release}", file=sys.stderr)
-    return EXIT_IMPOSSIBLE
+def _print(line: str, file: io.TextIOBase | None = None) -> None:
+    """The exit status says what happened, also where nobody reads."""
+    file = file or sys.stdout
+    try:
+        print(line, file=file, flush=True)
+    except OSError:
+        _discard(file)
+
+
+def _discard(stream: io.TextIOBase) -> None:
+    """Nothing is left to fail when Python flushes it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

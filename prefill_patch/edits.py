@@ -1,38 +1,38 @@
 """Edits of an upstream file, placed by structure, and the way back.
 
-An edit file holds edits, each a header in column 0 and, for some, a body of lines
+An edit file holds edits, each a header in column 0 and, for most, a body of lines
 indented by four or more spaces. `#` in column 0 begins a comment.
 
-    before SCOPE :: STMT              the body before the statement and its comment
-    after  SCOPE :: STMT              the body after the statement
-    wrap   SCOPE :: FIRST :: LAST     the body, then FIRST to LAST indented below it
-    swap   SCOPE :: STMT :: OLD -> NEW    one expression of the statement replaced
-    base   CLASS :: NAME              NAME becomes the first base of the class
-    unimport module :: import MODULE :: NAME    NAME dropped from the import
+    before SCOPE :: STMT            the body before the statement and its comment
+    before+blank SCOPE :: STMT      the same, with an empty line after the body
+    after SCOPE :: STMT             the body after the statement
+    wrap SCOPE :: FIRST :: LAST     the body, then FIRST to LAST indented below it
+    swap SCOPE :: STMT :: OLD -> NEW    one expression of the statement replaced
+    base CLASS :: NAME              NAME becomes the first base of the class
+    import module                   the body, a `from` import, where isort has it
+    unimport module                 the name that the body imports is imported no more
 
 SCOPE is the dotted path of a class or function, or `module`. STMT is a kind (`assign`,
-`call`, `return`, `if`, `for`, `while`, `with`, `import`, `assert`, `raise`, `def`,
-`class`) and dotted names that the statement mentions or, with `!` in front, does not
-mention; of a compound statement only the header counts. Exactly one statement of the
-scope has to fit, at any depth but not in inner functions or classes; for `swap`,
-exactly one occurrence of OLD in the statements that fit. `before+blank` and
-`after+blank` put an empty line between the body and the statement.
+`return`, `if`, `for`, `def`) and dotted names that the statement mentions or, with `!`
+in front, does not mention; of a compound statement only the header counts. Exactly one
+statement of the scope has to fit, at any depth but not in inner functions or classes;
+for `swap`, exactly one occurrence of OLD in the statements that fit.
 
-Nothing about an edit is stored in the edited file. `revert` finds each edit by what it
-has left there, and accepts a result only if editing it again gives the file it began
-with, byte for byte, and if it is the only such result.
+Every edit replaces one span of the upstream text, and nothing about it is stored in the
+file. `revert` looks for what each edit has left and accepts a result only if editing it
+again gives the file it began with, byte for byte, and if it is the only such result.
 """
 
 from __future__ import annotations
 
 import ast
 import itertools
+import math
 import re
 import textwrap
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from prefill_patch.errors import PatchError
 from prefill_patch.source import (
@@ -40,167 +40,186 @@ from prefill_patch.source import (
     Pattern,
     Source,
     Splice,
+    blocks,
     decode,
     dotted,
     encode,
     header,
-    parse,
     same,
-    splice,
     validate,
 )
 
 _STEP = "    "
-
-
-class Change(NamedTuple):
-    """What an edit does to a text: its replacements, the lines that it indents, and
-    the statement that it puts lines beside, as offsets."""
-
-    splices: list[Splice]
-    indented: range = range(0)
-    beside: int = -1
+_MOST_WAYS = 200
 
 
 @dataclass(frozen=True)
 class Edit(ABC):
     scope: str
+    place: str  # within the scope, as the edit file has it
+    loads: str  # what it adds that uses names of the scope
 
-    @property
-    @abstractmethod
-    def place(self) -> str:
-        """The place within the scope, as the edit file names it."""
+    # Whether what it leaves shows by itself that a file was edited.
+    is_marker = True
 
     @abstractmethod
-    def locate(self, source: Source) -> Change:
+    def locate(self, source: Source) -> Splice:
         """The change to a source that has not been edited."""
 
     @abstractmethod
-    def traces(self, source: Source) -> Iterator[list[Splice]]:
-        """Every way to take the edit back from a source that may have been edited."""
+    def undone(self, source: Source) -> Iterator[Splice]:
+        """Every way to take it back from a source that may have been edited."""
 
-    @property
-    def telling(self) -> bool:
-        """Whether a trace shows by itself that the source has been edited."""
-        return True
+    def check(self, result: Source) -> None:
+        """Refuse a result that Python compiles but cannot run."""
+        for name in result.unbound(self.scope, self.loads):
+            raise self.error(f"uses {name}, which nothing defines there")
 
     def error(self, reason: str) -> PatchError:
         return PatchError(reason, scope=self.scope, place=self.place)
 
-    def _alone(self, source: Source, stmt: ast.stmt) -> None:
-        reason = source.why_not_alone(stmt)
-        if reason:
-            raise self.error(f"{reason} (line {stmt.lineno})")
 
-    def _statements(self, source: Source) -> list[tuple[list[ast.stmt], ast.stmt]]:
-        """Those of the scope, with their blocks; none where the scope is missing."""
-        try:
-            return list(source.statements(source.scope(self.scope)))
-        except PatchError:
-            return []
+@dataclass(frozen=True)
+class Lines(Edit):
+    """Whole lines."""
+
+    body: tuple[str, ...]
+
+    def undone(self, source: Source) -> Iterator[Splice]:
+        for found in _found(source, self.body):
+            yield Splice(*found.span(), "")
+
+    def _beside(self, source: Source, stmt: ast.stmt, above: bool) -> Splice:
+        source.check_alone(stmt)
+        line = source.commented_from(stmt) if above else stmt.end_lineno + 1
+        at = source.line_start(line)
+        eol = source.eol(source.first_line(stmt))
+        return Splice(at, at, _indented(self.body, source.indentation(stmt), eol))
 
 
 @dataclass(frozen=True)
-class Insert(Edit):
-    """`before` and `after`: lines beside a statement."""
+class Insert(Lines):
+    """`before` and `after`."""
 
     stmt: Pattern
-    body: tuple[str, ...]
     above: bool
-    blank: bool
 
-    @property
-    def place(self) -> str:
-        return f"{'before' if self.above else 'after'} {self.stmt}"
-
-    def locate(self, source: Source) -> Change:
+    def locate(self, source: Source) -> Splice:
         _, stmt = source.find(self.scope, self.stmt)
-        self._alone(source, stmt)
-        line = source.commented_from(stmt) if self.above else stmt.end_lineno + 1
-        at = source.line_start(line)
-        lines = Splice(at, at, self._lines(source, stmt))
-        return Change([lines], beside=source.start(stmt))
+        return self._beside(source, stmt, self.above)
 
-    def traces(self, source: Source) -> Iterator[list[Splice]]:
-        for _, stmt in self._statements(source):
-            # Another edit may have changed what the statement mentions.
-            if not self.stmt.is_kind_of(stmt):
-                continue
-            lines = self._lines(source, stmt)
-            if not self.above:
-                at = source.line_start(stmt.end_lineno + 1)
-                if source.text.startswith(lines, at):
-                    yield [Splice(at, at + len(lines), "")]
-                continue
-            # A body that ends in a comment looks like part of the statement's own.
-            last = source.first_line(stmt)
-            for line in range(source.commented_from(stmt), last + 1):
-                at = source.line_start(line)
-                if _ends_above(source, lines, at):
-                    yield [Splice(at - len(lines), at, "")]
 
-    def _lines(self, source: Source, stmt: ast.stmt) -> str:
-        eol = source.eol(source.first_line(stmt))
-        body = _indented(self.body, source.indentation(stmt), eol)
-        if self.blank:
-            return body + eol if self.above else eol + body
-        return body
+@dataclass(frozen=True)
+class Import(Lines):
+    """`import`, beside the imports from the same package."""
+
+    module: str
+
+    def locate(self, source: Source) -> Splice:
+        package = self.module.partition(".")[0]
+        top = itertools.takewhile(
+            lambda stmt: not isinstance(stmt, (ast.ClassDef, ast.FunctionDef)),
+            source.tree.body,
+        )
+        imports = [
+            stmt
+            for stmt in top
+            if isinstance(stmt, ast.ImportFrom)
+            and f"{stmt.module}.".startswith(f"{package}.")
+        ]
+        if not imports:
+            raise self.error(f"no other import from {package}")
+        for stmt in imports:
+            if stmt.module.lower() > self.module.lower():
+                return self._beside(source, stmt, above=True)
+        return self._beside(source, imports[-1], above=False)
+
+
+@dataclass(frozen=True)
+class Unimport(Edit):
+    """`unimport`: a name dropped from an import of several."""
+
+    module: str
+    name: str
+
+    is_marker = False  # another release may not import the name in the first place
+
+    def locate(self, source: Source) -> Splice:
+        found = [stmt for stmt in self._imports(source) if self.name in _names(stmt)]
+        if len(found) != 1 or len(found[0].names) == 1:
+            raise self.error(f"{self.name} is not one of several names of one import")
+        names = found[0].names
+        at = _names(found[0]).index(self.name)
+        if at + 1 < len(names):
+            return Splice(source.start(names[at]), source.start(names[at + 1]), "")
+        return Splice(source.end(names[at - 1]), source.end(names[at]), "")
+
+    def undone(self, source: Source) -> Iterator[Splice]:
+        for stmt in self._imports(source):
+            if self.name in _names(stmt):
+                continue
+            gap = _gap(source, stmt.names[-1])
+            for alias in stmt.names:
+                if _isort_key(alias.name) > _isort_key(self.name):
+                    at = source.start(alias)
+                    yield Splice(at, at, self.name + gap)
+                    break
+            else:
+                at = source.end(stmt.names[-1])
+                yield Splice(at, at, gap + self.name)
+
+    def check(self, result: Source) -> None:
+        for node in ast.walk(result.tree):
+            if isinstance(node, ast.Name) and node.id == self.name:
+                raise self.error(f"{self.name} is still used on line {node.lineno}")
+
+    def _imports(self, source: Source) -> list[ast.ImportFrom]:
+        return [
+            stmt
+            for _, stmt in source.statements(source.tree)
+            if isinstance(stmt, ast.ImportFrom) and stmt.module == self.module
+        ]
 
 
 @dataclass(frozen=True)
 class Wrap(Edit):
     """`wrap`: statements moved into the block that the body opens."""
 
+    body: tuple[str, ...]
     first: Pattern
     last: Pattern
-    body: tuple[str, ...]
 
-    @property
-    def place(self) -> str:
-        return f"wrap {self.first} .. {self.last}"
-
-    def locate(self, source: Source) -> Change:
+    def locate(self, source: Source) -> Splice:
         block, first = source.find(self.scope, self.first)
         other, last = source.find(self.scope, self.last)
         if other is not block or block.index(last) < block.index(first):
             raise self.error("the last statement does not follow in the same block")
-        self._alone(source, first)
-        self._alone(source, last)
-        lines = range(source.commented_from(first), last.end_lineno + 1)
-        if not source.string_lines.isdisjoint(lines):
+        source.check_alone(first)
+        source.check_alone(last)
+        top, end = source.commented_from(first), last.end_lineno
+        if not source.string_lines.isdisjoint(range(top, end + 1)):
             raise self.error("a string that spans lines cannot be indented")
-        indent = [
-            Splice(at, at, _STEP)
-            for at in (source.line_start(n) for n in lines if source.line(n).strip())
+        lines = [
+            _STEP + line if line.strip() else line for line in source.lines(top, end)
         ]
-        opening = _indented(self.body, source.indentation(first), source.eol(lines[0]))
-        top, *rest = indent
-        indented = range(source.line_start(lines[0]), source.line_start(lines[-1] + 1))
-        return Change([top._replace(new=opening + _STEP), *rest], indented)
+        opening = _indented(self.body, source.indentation(first), source.eol(top))
+        span = source.line_start(top), source.line_start(end + 1)
+        return Splice(*span, opening + "".join(lines))
 
-    def traces(self, source: Source) -> Iterator[list[Splice]]:
-        for block, first in self._statements(source):
-            if not self.first.is_kind_of(first):
-                continue
-            indentation = source.indentation(first)
-            top = source.commented_from(first)
-            at = source.line_start(top)
-            opening = _indented(
-                self.body, indentation.removesuffix(_STEP), source.eol(top)
-            )
-            if not _ends_above(source, opening, at):
-                continue
-            for last in block[block.index(first) :]:
-                lines = range(top, last.end_lineno + 1)
-                used = [n for n in lines if source.line(n).strip()]
-                if self.last.is_kind_of(last) and all(
-                    source.line(n).startswith(_STEP) for n in used
-                ):
-                    starts = [source.line_start(n) for n in used]
-                    yield [
-                        Splice(at - len(opening), at, ""),
-                        *(Splice(n, n + len(_STEP), "") for n in starts),
-                    ]
+    def undone(self, source: Source) -> Iterator[Splice]:
+        """The block below the body is what was wrapped, all of it."""
+        below = {
+            source.line_start(source.commented_from(block[0])): block
+            for node in ast.walk(source.tree)
+            for block in blocks(node)
+        }
+        for found in _found(source, self.body):
+            if found.end() in below:
+                first, last = below[found.end()][0], below[found.end()][-1]
+                lines = source.lines(source.commented_from(first), last.end_lineno)
+                end = source.line_start(last.end_lineno + 1)
+                moved = "".join(line.removeprefix(_STEP) for line in lines)
+                yield Splice(found.start(), end, moved)
 
 
 @dataclass(frozen=True)
@@ -211,16 +230,10 @@ class Swap(Edit):
     old: str
     new: str
 
-    @property
-    def place(self) -> str:
-        return f"swap {self.stmt} :: {self.old}"
+    is_marker = False  # upstream may well have the same expression of its own
 
-    @property
-    def telling(self) -> bool:
-        return False  # upstream may well have the same expression of its own
-
-    def locate(self, source: Source) -> Change:
-        stmts = [stmt for _, stmt in source.fitting(self.scope, self.stmt)]
+    def locate(self, source: Source) -> Splice:
+        stmts = [stmt for stmt in self._statements(source) if self.stmt.fits(stmt)]
         if not stmts:
             raise self.error("no such statement")
         found = [
@@ -229,21 +242,25 @@ class Swap(Edit):
         if len(found) != 1:
             lines = ", ".join(str(stmt.lineno) for stmt in stmts)
             times = f"occurs {len(found)} times" if found else "does not occur"
-            raise self.error(f"{times} in the statement (line {lines})")
-        return Change([Splice(*found[0], self.new)])
+            raise self.error(f"{self.old} {times} in the statement (line {lines})")
+        return Splice(*found[0], self.new)
 
-    def traces(self, source: Source) -> Iterator[list[Splice]]:
-        for _, stmt in self._statements(source):
-            if self.stmt.may_have_fitted(stmt, self.old):
-                for start, end in self._occurrences(source, stmt, self.new):
-                    yield [Splice(start, end, self.old)]
+    def undone(self, source: Source) -> Iterator[Splice]:
+        lost = _expression(self.old)
+        for stmt in self._statements(source):
+            if self.stmt.may_have_fitted(stmt, lost):
+                for span in self._occurrences(source, stmt, self.new):
+                    yield Splice(*span, self.old)
+
+    def _statements(self, source: Source) -> list[ast.stmt]:
+        return [stmt for _, stmt in source.statements(source.scope(self.scope))]
 
     @staticmethod
     def _occurrences(
         source: Source, stmt: ast.stmt, code: str
     ) -> Iterator[tuple[int, int]]:
         wanted = _expression(code)
-        nodes = header(stmt)
+        nodes = list(header(stmt))
         while nodes:
             node = nodes.pop()
             if isinstance(node, ast.expr) and same(node, wanted):
@@ -255,224 +272,168 @@ class Swap(Edit):
 
 @dataclass(frozen=True)
 class Base(Edit):
-    """`base`: a class gains a first base."""
+    """`base`: a class that has bases gains a first one."""
 
     name: str
 
-    @property
-    def place(self) -> str:
-        return f"base {self.name}"
+    def locate(self, source: Source) -> Splice:
+        bases = self._bases(source)
+        if not bases or self.name in map(dotted, bases):
+            raise self.error("not a class with other bases and without this one")
+        at = source.start(bases[0])
+        return Splice(at, at, self.name + _gap(source, bases[0]))
 
-    def locate(self, source: Source) -> Change:
-        node = self._class(source)
-        bases = [*node.bases, *node.keywords]
-        if any(dotted(base) == self.name for base in node.bases):
-            raise self.error("the class already has this base")
-        if not bases:
-            at = self._name_end(source, node)
-            if not source.text[at:].lstrip().startswith(":"):
-                raise self.error("empty parentheses or type parameters are in the way")
-            return Change([Splice(at, at, f"({self.name})")])
-        first = min(bases, key=source.start)
-        at, line = source.start(first), first.lineno
-        before = source.text[source.line_start(line) : at]
-        # One base a line stays one base a line.
-        gap = " " if before.strip() else source.eol(line) + before
-        return Change([Splice(at, at, f"{self.name},{gap}")])
+    def undone(self, source: Source) -> Iterator[Splice]:
+        bases = self._bases(source)
+        if len(bases) > 1 and dotted(bases[0]) == self.name:
+            yield Splice(source.start(bases[0]), source.start(bases[1]), "")
 
-    def traces(self, source: Source) -> Iterator[list[Splice]]:
-        try:
-            node = self._class(source)
-        except PatchError:
-            return
-        bases = sorted([*node.bases, *node.keywords], key=source.start)
-        if not bases or dotted(bases[0]) != self.name:
-            return
-        if len(bases) > 1:
-            yield [Splice(source.start(bases[0]), source.start(bases[1]), "")]
-            return
-        at, added = self._name_end(source, node), f"({self.name})"
-        if source.text.startswith(added, at):
-            yield [Splice(at, at + len(added), "")]
-
-    def _class(self, source: Source) -> ast.ClassDef:
-        node = source.scope(self.scope)
-        if not isinstance(node, ast.ClassDef):
-            raise self.error("not a class")
-        return node
-
-    @staticmethod
-    def _name_end(source: Source, node: ast.ClassDef) -> int:
-        name = re.compile(r"class\s+" + re.escape(node.name))
-        match = name.match(source.text, source.start(node))
-        assert match, node.name
-        return match.end()
-
-
-@dataclass(frozen=True)
-class Unimport(Edit):
-    """`unimport`: a name dropped from a `from MODULE import` list."""
-
-    stmt: Pattern
-    name: str
-
-    @property
-    def place(self) -> str:
-        return f"unimport {self.stmt} :: {self.name}"
-
-    @property
-    def telling(self) -> bool:
-        return False  # another release may not import the name in the first place
-
-    def locate(self, source: Source) -> Change:
-        wanted = self.stmt._replace(names=(*self.stmt.names, self.name))
-        _, stmt = source.find(self.scope, wanted)
-        at = self._index(stmt)
-        if at is None:
-            raise self.error("no such `from MODULE import NAME`")
-        names = stmt.names
-        if len(names) == 1:
-            raise self.error("it is the only name of the import")
-        if at + 1 < len(names):
-            span = source.start(names[at]), source.start(names[at + 1])
-        else:
-            span = source.end(names[at - 1]), source.end(names[at])
-        return Change([Splice(*span, "")])
-
-    def traces(self, source: Source) -> Iterator[list[Splice]]:
-        for _, stmt in self._statements(source):
-            if not isinstance(stmt, ast.ImportFrom) or not self.stmt.fits(stmt):
-                continue
-            if self._index(stmt) is not None:
-                continue
-            at, gap = self._isorted(stmt.names), self._gap(source, stmt.names)
-            if at < len(stmt.names):
-                start = source.start(stmt.names[at])
-                yield [Splice(start, start, self.name + gap)]
-            else:
-                end = source.end(stmt.names[-1])
-                yield [Splice(end, end, gap + self.name)]
-
-    def _index(self, stmt: ast.stmt) -> int | None:
-        if isinstance(stmt, ast.ImportFrom):
-            for index, alias in enumerate(stmt.names):
-                if alias.name == self.name and alias.asname is None:
-                    return index
-        return None
-
-    def _isorted(self, aliases: list[ast.alias]) -> int:
-        """Where isort has the name in a list that it sorted; else the end."""
-        keys = [_isort_key(alias.name) for alias in aliases]
-        if keys != sorted(keys):
-            return len(keys)
-        return sum(key < _isort_key(self.name) for key in keys)
-
-    @staticmethod
-    def _gap(source: Source, aliases: list[ast.alias]) -> str:
-        """What stands between two names of the list."""
-        if len(aliases) > 1:
-            return source.text[source.end(aliases[-2]) : source.start(aliases[-1])]
-        line = aliases[0].lineno
-        before = source.text[source.line_start(line) : source.start(aliases[0])]
-        return ", " if before.strip() else "," + source.eol(line - 1) + before
+    def _bases(self, source: Source) -> list[ast.expr]:
+        return getattr(source.scope(self.scope), "bases", [])
 
 
 def apply(data: bytes, edits: Sequence[Edit]) -> bytes:
-    """An upstream file with all the edits; each is placed in the file as it is."""
+    """The edited file; refused where `revert` would not give back the same bytes."""
     text, frame = decode(data)
-    source = Source(text)
-    changes = [_located(edit, source) for edit in edits]
-    for one, other in itertools.combinations(range(len(edits)), 2):
-        if _clash(changes[one], changes[other]):
-            raise edits[other].error(f"overlaps the edit `{edits[one].place}`")
-    result = splice(text, [part for change in changes for part in change.splices])
+    result = _edited(text, edits)
     try:
         validate(result)
     except PatchError as error:
         raise PatchError(f"{error.reason}, after the edits") from None
-    return encode(result, frame)
-
-
-def revert(data: bytes, edits: Sequence[Edit]) -> bytes:
-    """The upstream file that `apply` turns into `data`."""
-    originals: set[bytes] = set()
-    seen: set[tuple[str, int]] = set()
-    text, frame = decode(data)
-    missing: list[Edit] = []
-
-    def undo(text: str, depth: int) -> None:
-        if (text, depth) in seen:
-            return
-        seen.add((text, depth))
-        if depth == len(edits):
-            original = encode(text, frame)
-            if _edits_to(original, edits, data):
-                originals.add(original)
-            return
-        try:
-            traces = list(edits[depth].traces(Source(text)))
-        except PatchError:
-            return  # not Python any more: this was not the way
-        if not traces:
-            missing.append(edits[depth])
-        for splices in traces:
-            undo(splice(text, splices), depth + 1)
-
-    parse(text)
-    undo(text, 0)
-    if len(originals) == 1:
-        return originals.pop()
-    if originals:
-        raise PatchError("more than one original would give this file")
-    if missing:
-        raise missing[0].error("the edit is not found there")
-    raise PatchError("changed where it was edited: it cannot be taken back exactly")
-
-
-def apply_reversibly(data: bytes, edits: Sequence[Edit]) -> bytes:
-    """`apply`, refused where `revert` would not give back the same bytes."""
-    result = apply(data, edits)
+    source = Source(result)
+    for edit in edits:
+        edit.check(source)
+    edited = encode(result, frame)
     try:
-        if revert(result, edits) == data:
-            return result
+        if revert(edited, edits) == data:
+            return edited
     except PatchError as error:
         reason = f"could not be taken back exactly: {error.reason}"
         raise PatchError(reason, scope=error.scope, place=error.place) from None
     raise PatchError("could not be taken back exactly")
 
 
-def telling_traces(data: bytes, edits: Sequence[Edit]) -> list[Edit]:
-    """The edits that this file shows on its own to have been made."""
+def revert(data: bytes, edits: Sequence[Edit]) -> bytes:
+    """The upstream file that `apply` turns into `data`."""
+    text, frame = decode(data)
+    source = Source(text)
+    ways = [_undone(edit, source) for edit in edits]
+    for edit, found in zip(edits, ways):
+        if not found:
+            raise edit.error("the edit is not found there")
+    if math.prod(map(len, ways)) > _MOST_WAYS:
+        raise PatchError("the edits are found too many times")
+    originals = set()
+    for way in itertools.product(*ways):
+        try:
+            original = _spliced(text, edits, way)
+            if _edited(original, edits) == text:
+                originals.add(original)
+        except PatchError:
+            pass  # this was not the way
+    if len(originals) == 1:
+        return encode(originals.pop(), frame)
+    if originals:
+        raise PatchError("more than one original would give this file")
+    raise PatchError("changed where it was edited: it cannot be taken back exactly")
+
+
+def has_marks(data: bytes, edits: Sequence[Edit]) -> bool:
+    """Whether something in the file shows that edits were made, all of them or not."""
     try:
         source = Source(decode(data)[0])
     except PatchError:
-        return []
-    return [edit for edit in edits if edit.telling and any(edit.traces(source))]
+        return False
+    return any(edit.is_marker and _undone(edit, source) for edit in edits)
+
+
+def _edited(text: str, edits: Sequence[Edit]) -> str:
+    source = Source(text)
+    splices = []
+    for edit in edits:
+        try:
+            splices.append(edit.locate(source))
+        except PatchError as error:
+            place = error.place or edit.place
+            raise PatchError(error.reason, scope=edit.scope, place=place) from None
+    return _spliced(text, edits, splices)
+
+
+def _undone(edit: Edit, source: Source) -> list[Splice]:
+    try:
+        return list(edit.undone(source))
+    except PatchError:
+        return []  # its scope is missing
+
+
+def _spliced(text: str, edits: Sequence[Edit], splices: Sequence[Splice]) -> str:
+    """The text after one replacement for each edit."""
+    after = len(text) + 1
+    for splice, edit in sorted(zip(splices, edits), key=lambda pair: pair[0])[::-1]:
+        if splice.end > after or splice.start == after:
+            raise edit.error("overlaps another edit")
+        text = text[: splice.start] + splice.new + text[splice.end :]
+        after = splice.start
+    return text
+
+
+def _found(source: Source, body: tuple[str, ...]) -> Iterator[re.Match[str]]:
+    """Where the lines of a body are, at whatever indentation."""
+    eol = r"(?:\r\n|\n|\r)"
+    lines = ((r"\1" + re.escape(line) if line else "") + eol for line in body)
+    pattern = "".join(lines).replace(r"\1", r"([ \t]*)", 1)
+    return re.finditer(r"(?:\A|(?<=[\r\n]))" + pattern, source.text)
+
+
+def _indented(body: tuple[str, ...], indentation: str, eol: str) -> str:
+    return "".join((indentation + line if line else "") + eol for line in body)
+
+
+def _gap(source: Source, item: ast.AST) -> str:
+    """What separates the items of a list: one that has a line each keeps that."""
+    line = source.line_start(item.lineno)
+    before = source.text[line : source.start(item)]
+    return ", " if before.strip() else f",{source.eol(item.lineno)}{before}"
+
+
+def _names(stmt: ast.ImportFrom) -> list[str]:
+    return [alias.name if alias.asname is None else "" for alias in stmt.names]
+
+
+def _isort_key(name: str) -> tuple[int, str]:
+    if name.isupper() and len(name) > 1:
+        return 0, name.lower()
+    return (1 if name[:1].isupper() else 2), name.lower()
 
 
 def read_edits(text: str, name: str) -> tuple[Edit, ...]:
     """The edits of an edit file; `name` is for messages."""
     edits = []
-    lines = text.splitlines()
-    at = 0
-    while at < len(lines):
-        number, line = at + 1, lines[at]
-        at += 1
-        if not line.strip() or line.startswith("#"):
-            continue
-        body = list(
-            itertools.takewhile(
-                lambda one: not one.strip() or one[0] == " ", lines[at:]
-            )
-        )
-        at += len(body)
+    for found in re.finditer(r"^([^#\s].*)\n((?:(?: .*)?\n)*)", text + "\n", re.M):
+        body = textwrap.dedent(found[2]).strip("\n")
         try:
-            edits.append(_read_edit(line, _trimmed(body)))
+            edits.append(
+                _read_edit(found[1].strip(), tuple(body.split("\n")) if body else ())
+            )
         except PatchError as error:
-            raise PatchError(error.reason, file=f"{name}:{number}") from None
+            line = text.count("\n", 0, found.start()) + 1
+            raise PatchError(error.reason, file=f"{name}:{line}") from None
     if not edits:
         raise PatchError("no edit in the file", file=name)
     return tuple(edits)
+
+
+# operation -> (fields after the scope, whether it has a body)
+_OPERATIONS = {
+    "before": (1, True),
+    "before+blank": (1, True),
+    "after": (1, True),
+    "wrap": (2, True),
+    "swap": (2, False),
+    "base": (1, False),
+    "import": (0, True),
+    "unimport": (0, True),
+}
 
 
 def _read_edit(line: str, body: tuple[str, ...]) -> Edit:
@@ -480,63 +441,35 @@ def _read_edit(line: str, body: tuple[str, ...]) -> Edit:
     scope, *fields = (field.strip() for field in rest.split(" :: "))
     if operation not in _OPERATIONS:
         raise PatchError(f"{operation!r} is none of {', '.join(_OPERATIONS)}")
-    count, wants_body, make = _OPERATIONS[operation]
+    count, has_body = _OPERATIONS[operation]
     if len(fields) != count:
         raise PatchError(f"{operation} takes {count} fields after the scope")
-    if wants_body != bool(body):
-        raise PatchError(f"{operation} takes {'a' if wants_body else 'no'} body")
+    if bool(body) != has_body:
+        raise PatchError(f"{operation} takes {'a' if has_body else 'no'} body")
     if not all(name.isidentifier() for name in scope.split(".")):
         raise PatchError(f"{scope!r} is not a dotted path of classes and functions")
-    return make(scope, fields, body)
-
-
-def _insert(above: bool, blank: bool) -> _Maker:
-    return lambda scope, fields, body: Insert(
-        scope, _pattern(fields[0]), body, above, blank
-    )
-
-
-def _wrap(scope: str, fields: list[str], body: tuple[str, ...]) -> Edit:
-    if not body[-1].endswith(":"):
-        raise PatchError("the last line of the body has to end with ':'")
-    return Wrap(scope, _pattern(fields[0]), _pattern(fields[1]), body)
-
-
-def _swap(scope: str, fields: list[str], body: tuple[str, ...]) -> Edit:
-    old, arrow, new = (part.strip() for part in fields[1].partition(" -> "))
-    if not arrow:
-        raise PatchError("swap takes OLD -> NEW")
-    if same(_expression(old), _expression(new)):
-        raise PatchError("swap takes two different expressions")
-    return Swap(scope, _pattern(fields[0]), old, new)
-
-
-def _base(scope: str, fields: list[str], body: tuple[str, ...]) -> Edit:
-    if dotted(_expression(fields[0])) is None:
-        raise PatchError(f"{fields[0]!r} is not a dotted name")
-    return Base(scope, fields[0])
-
-
-def _unimport(scope: str, fields: list[str], body: tuple[str, ...]) -> Edit:
-    stmt = _pattern(fields[0])
-    if scope != "module" or stmt.kind != "import" or not fields[1].isidentifier():
-        raise PatchError("unimport takes `module :: import MODULE :: NAME`")
-    return Unimport(scope, stmt, fields[1])
-
-
-_Maker = Callable[[str, list[str], tuple[str, ...]], Edit]
-
-# operation -> (fields after the scope, whether it has a body, what reads it)
-_OPERATIONS: dict[str, tuple[int, bool, _Maker]] = {
-    "before": (1, True, _insert(above=True, blank=False)),
-    "before+blank": (1, True, _insert(above=True, blank=True)),
-    "after": (1, True, _insert(above=False, blank=False)),
-    "after+blank": (1, True, _insert(above=False, blank=True)),
-    "wrap": (2, True, _wrap),
-    "swap": (2, False, _swap),
-    "base": (1, False, _base),
-    "unimport": (2, False, _unimport),
-}
+    place, code = " ".join([operation, " :: ".join(fields)]).strip(), "\n".join(body)
+    if operation == "base":
+        return Base(scope, place, fields[0], fields[0])
+    if operation == "swap":
+        old, _, new = (part.strip() for part in fields[1].partition(" -> "))
+        if same(_expression(old), _expression(new)):
+            raise PatchError("swap takes two different expressions")
+        return Swap(scope, place, new, _pattern(fields[0]), old, new)
+    if operation == "wrap":
+        if not code.endswith(":"):
+            raise PatchError("the last line of the body has to end with ':'")
+        patterns = map(_pattern, fields)
+        return Wrap(scope, place, f"{code} pass", body, *patterns)
+    if operation == "import":
+        return Import(scope, place, "", body, _imported(scope, code).module)
+    if operation == "unimport":
+        stmt = _imported(scope, code)
+        return Unimport(scope, place, "", stmt.module, stmt.names[0].name)
+    if operation == "before+blank":
+        body = (*body, "")
+    above = operation != "after"
+    return Insert(scope, place, code, body, _pattern(fields[0]), above)
 
 
 def _pattern(text: str) -> Pattern:
@@ -548,56 +481,16 @@ def _pattern(text: str) -> Pattern:
 
 def _expression(code: str) -> ast.expr:
     try:
-        return ast.parse(code.strip(), mode="eval").body
+        return ast.parse(code, mode="eval").body
     except (SyntaxError, ValueError):
         raise PatchError(f"{code!r} is not an expression") from None
 
 
-def _trimmed(body: list[str]) -> tuple[str, ...]:
-    lines = textwrap.dedent("\n".join(body)).strip("\n").split("\n")
-    return tuple(line.rstrip() for line in lines) if any(lines) else ()
-
-
-def _indented(body: tuple[str, ...], indentation: str, eol: str) -> str:
-    return "".join((indentation + line if line else "") + eol for line in body)
-
-
-def _ends_above(source: Source, lines: str, at: int) -> bool:
-    """Whether whole lines stand right above an offset."""
-    start = at - len(lines)
-    return (
-        start >= 0
-        and source.text.startswith(lines, start)
-        and (start == 0 or source.text[start - 1] in "\r\n")
-    )
-
-
-def _isort_key(name: str) -> tuple[int, str]:
-    if name.isupper() and len(name) > 1:
-        return 0, name.lower()
-    return (1 if name[:1].isupper() else 2), name.lower()
-
-
-def _located(edit: Edit, source: Source) -> Change:
+def _imported(scope: str, code: str) -> ast.ImportFrom:
     try:
-        return edit.locate(source)
-    except PatchError as error:
-        place = error.place or edit.place
-        raise PatchError(error.reason, scope=edit.scope, place=place) from None
-
-
-def _clash(one: Change, other: Change) -> bool:
-    for a, b in itertools.product(one.splices, other.splices):
-        if a.start < b.end and b.start < a.end:
-            return True
-        if a.start == b.start and a.start == a.end and b.start == b.end:
-            return True
-    # A line beside an indented statement would not know its indentation.
-    return one.beside in other.indented or other.beside in one.indented
-
-
-def _edits_to(original: bytes, edits: Sequence[Edit], result: bytes) -> bool:
-    try:
-        return apply(original, edits) == result
-    except PatchError:
-        return False
+        (stmt,) = ast.parse(code).body
+    except (SyntaxError, ValueError):
+        stmt = None
+    if scope != "module" or not isinstance(stmt, ast.ImportFrom) or stmt.level:
+        raise PatchError("takes `module` and one `from MODULE import NAME`")
+    return stmt

@@ -1,221 +1,187 @@
-"""Writing a target: all files or none, through `git apply`, and back."""
+"""Writing a target, so that no upstream file is ever missing or half-written.
+
+Every new content is first written beside its file; then the files are replaced one by
+one, each in one step: new files before those that use them, removed ones after. What
+ends the process in between leaves a mix of original and patched files, which the next
+run finishes or takes back; a failure is taken back at once.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
-import shutil
 import signal
-import subprocess
-import tempfile
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from prefill_patch.errors import PatchError
 from prefill_patch.patch import File, Inspection, State
-from prefill_patch.target import Target, git_environment
+from prefill_patch.target import Target
 
-_GIT_SECONDS = 300
-# The settings of the target's repository or its user must not change a byte.
-_GIT_APPLY = (
-    *("-c", "core.autocrlf=false"),
-    *("-c", "core.eol=lf"),
-    *("-c", f"core.attributesFile={os.devnull}"),
-    "apply",
-    "--whitespace=nowarn",
-)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def check(found: Inspection) -> None:
-    """Refuse a target that the patch fits but that cannot be patched as it is."""
-    for file in found.files:
-        _check_writable(found.target, file)
-    _git(found, "--check")
-
-
-def apply(found: Inspection) -> None:
-    """Apply the patch to a target in the state ORIGINAL."""
-    assert found.state is State.ORIGINAL
-    check(found)
-    with _signals_held(), _undone_on_failure(found):
-        _git(found)
-        for file in found.files:
-            if found.target.read(file.path) != file.patched:
-                raise PatchError(
-                    "git apply left other bytes than the patch has; an attribute or "
-                    "filter of the repository may convert the file",
-                    file=found.target.path(file.path),
-                )
-
-
-def revert(found: Inspection) -> None:
-    """Take the patch back from a target in the state APPLIED."""
-    assert found.state is State.APPLIED
-    for file in found.files:
-        _check_writable(found.target, file)
-    with _signals_held():
-        with _undone_on_failure(found):
-            for file in found.files:
-                path = found.target.file(file.path)
-                if file.original is not None:
-                    _replace(path, file.original)
-                else:
-                    path.unlink()
-        for file in found.files:
-            if file.new:
-                _tidy(found.target, file)
-
-
-def _check_writable(target: Target, file: File) -> None:
-    folder = target.file(file.path).parent
-    while not folder.exists():
-        folder = folder.parent
-    if not os.access(folder, os.W_OK | os.X_OK):
-        name = folder.relative_to(target.root).as_posix()
-        raise PatchError(f"the folder {name} is read-only", file=target.path(file.path))
-
-
-def _git(found: Inspection, *options: str) -> None:
-    git = shutil.which("git")
-    if git is None:
-        raise PatchError("git is not on PATH; the patch is applied with git apply")
-    root = found.target.root
+@contextlib.contextmanager
+def locked(target: Target) -> Iterator[None]:
+    """Wait for other runs on the same package folder, and keep them waiting."""
+    package = target.root / target.package
     try:
-        done = subprocess.run(
-            [git, *_GIT_APPLY, *options, "-"],
-            input=b"".join(diff.text for diff in found.diffs()),
-            cwd=root,
-            env=git_environment(root),
-            capture_output=True,
-            timeout=_GIT_SECONDS,
-            start_new_session=True,  # Ctrl-C is for this process to deal with
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise PatchError(f"git apply failed: {error}") from None
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip() or "without a message"
-        raise PatchError(f"git apply failed: {'; '.join(said.splitlines())}")
+        folder = os.open(package, os.O_RDONLY)
+    except OSError as error:
+        raise PatchError(f"{package}: cannot be read: {error.strerror}") from None
+    try:
+        with contextlib.suppress(OSError):  # not every file system has locks
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def check(target: Target, files: Iterable[File]) -> None:
+    """Refuse files whose folders cannot be written."""
+    for file in files:
+        folder = target.file(file.path).parent
+        while not folder.exists():
+            folder = folder.parent
+        if not os.access(folder, os.W_OK | os.X_OK):
+            name = folder.relative_to(target.root).as_posix()
+            path = target.path(file.path)
+            raise PatchError(f"the folder {name} is read-only", file=path)
+
+
+def apply(found: Inspection) -> list[File]:
+    """Patch every file that is not patched."""
+    assert not found.problems
+    files = [file for file in found.files if file.state is State.ORIGINAL]
+    files.sort(key=lambda file: not file.new)
+    _write(found, files, lambda file: (file.original, file.patched))
+    return files
+
+
+def revert(found: Inspection) -> list[File]:
+    """Make every patched file the original one."""
+    files = [file for file in found.files if file.state is State.APPLIED]
+    files.sort(key=lambda file: file.new)
+    _write(found, files, lambda file: (file.patched, file.original))
+    return files
 
 
 @dataclass(frozen=True)
-class _Before:
-    """A file as it was, to be put back."""
+class _Step:
+    """A file to be written or, with `after` None, removed."""
 
     path: Path
-    data: bytes | None
-    stat: os.stat_result | None
+    before: bytes | None
+    after: bytes | None
 
-    @classmethod
-    def of(cls, path: Path) -> _Before:
-        if not path.exists():
-            return cls(path, None, None)
-        return cls(path, path.read_bytes(), path.stat())
-
-    def restore(self) -> None:
-        if self.data is None:
-            self.path.unlink(missing_ok=True)
-        elif not self.path.exists() or self.path.read_bytes() != self.data:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(self.path, self.data)
-        self.restore_owner_and_mode()
-
-    def restore_owner_and_mode(self) -> None:
-        """A file that git rewrites is a new one, with the caller's owner and umask."""
-        if self.stat is not None and self.path.exists():
-            _copy_owner_and_mode(self.stat, self.path)
-
-
-@contextlib.contextmanager
-def _undone_on_failure(found: Inspection) -> Iterator[None]:
-    """Whatever is raised inside, the target's files are as before; else only their
-    contents change."""
-    files = [_Before.of(found.target.file(file.path)) for file in found.files]
-    folders = [
-        folder
-        for file in found.files
-        for folder in found.target.parents(file.path)
-        if not folder.exists()
-    ]
-    try:
-        yield
-        for file in files:
-            file.restore_owner_and_mode()
-    except BaseException as failure:
+    def prepare(self) -> None:
+        if self.after is None:
+            return
+        _make_folder(self.path.parent)
+        like = os.stat(self.path.parent if self.before is None else self.path)
+        mode = like.st_mode & (0o666 if self.before is None else 0o7777)
+        temporary = _temporary(self.path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         try:
-            for file in files:
-                file.restore()
-            for folder in sorted(set(folders), reverse=True):
-                if folder.exists():
-                    folder.rmdir()
-        except OSError as error:
-            raise PatchError(
-                f"{failure}; and putting back what was there failed too: {error}"
-            ) from failure
-        if isinstance(failure, OSError):
-            raise PatchError(f"cannot be written: {failure}") from None
-        raise
+            data = memoryview(self.after)
+            while data:
+                data = data[os.write(handle, data) :]
+            _give(temporary, like, mode)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def carry_out(self) -> None:
+        _remove_bytecode(self.path, all_of_it=False)
+        if self.after is None:
+            os.unlink(self.path)
+        else:
+            os.replace(_temporary(self.path), self.path)
+
+    def taken_back(self) -> bool:
+        step = _Step(self.path, self.after, self.before)
+        try:
+            step.prepare()
+            step.carry_out()
+        except OSError:
+            return False
+        return True
 
 
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Let an interruption wait: writing is short, and half of it is of no use."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[int] = []
-    names = ("SIGINT", "SIGTERM", "SIGHUP")
-    before = {
-        number: signal.signal(number, lambda number, frame: held.append(number))
-        for number in (getattr(signal, name, None) for name in names)
-        if number is not None
-    }
+def _write(
+    found: Inspection,
+    files: list[File],
+    change: Callable[[File], tuple[bytes | None, bytes | None]],
+) -> None:
+    check(found.target, files)
+    steps = [_Step(found.target.file(file.path), *change(file)) for file in files]
+    done: list[_Step] = []
+    # An interruption waits: writing is short, and half of it is of no use.
+    handled = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
-        yield
+        for step in steps:
+            step.prepare()
+        for step in steps:
+            step.carry_out()
+            done.append(step)
+    except OSError as error:
+        lost = [step.path.name for step in reversed(done) if not step.taken_back()]
+        reason = f"cannot be written: {error}"
+        if lost:
+            reason += f"; nor put back: {', '.join(lost)}; apply or revert again"
+        raise PatchError(reason) from None
     finally:
-        for number, handler in before.items():
-            # None: set by other than Python, and cannot be set from it again.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        for number in held[:1]:
-            signal.raise_signal(number)
+        _clean(found)
+        signal.pthread_sigmask(signal.SIG_SETMASK, handled)
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file anew, so that a hard link elsewhere keeps what it had."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "wb") as file:
-            file.write(data)
-        if path.exists():
-            _copy_owner_and_mode(path.stat(), Path(name))
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _copy_owner_and_mode(stat: os.stat_result, path: Path) -> None:
-    now = path.stat()
-    if (now.st_uid, now.st_gid) != (stat.st_uid, stat.st_gid):
-        with contextlib.suppress(OSError):  # only root may
-            os.chown(path, stat.st_uid, stat.st_gid)
-    path.chmod(stat.st_mode & 0o7777)
-
-
-def _tidy(target: Target, file: File) -> None:
-    """Remove what a new file leaves behind: its bytecode, folders made for it.
+def _clean(found: Inspection) -> None:
+    """Remove what this or an earlier run has left: temporary files, and of new files
+    that are not there the bytecode and the folders made for them.
 
     No release has a folder without files, so an empty one was made for the patch.
     """
-    path = target.file(file.path)
-    cache = path.parent / "__pycache__"
+    for file in found.files:
+        path = found.target.file(file.path)
+        with contextlib.suppress(OSError):
+            os.unlink(_temporary(path))
+        if file.new and not path.exists():
+            _remove_bytecode(path, all_of_it=True)
+            folders = reversed(list(found.target.parents(file.path)))
+            for folder in (path.parent / "__pycache__", *folders):
+                with contextlib.suppress(OSError):
+                    os.rmdir(folder)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.prefill_patch")
+
+
+def _make_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        os.mkdir(folder)
+        like = os.stat(folder.parent)
+        _give(folder, like, like.st_mode & 0o7777)
+
+
+def _give(path: Path, like: os.stat_result, mode: int) -> None:
+    """Owner and mode, where they differ: not every file system can change them."""
+    now = os.stat(path)
+    if (now.st_uid, now.st_gid) != (like.st_uid, like.st_gid):
+        with contextlib.suppress(OSError):  # only root may
+            os.chown(path, like.st_uid, like.st_gid)
+    if os.stat(path).st_mode & 0o7777 != mode:
+        os.chmod(path, mode)
+
+
+def _remove_bytecode(path: Path, all_of_it: bool) -> None:
+    """Python runs bytecode marked as unchecked whatever the source says."""
     with contextlib.suppress(OSError):
-        for compiled in cache.glob(f"{path.stem}.*.pyc"):
-            compiled.unlink()
-        cache.rmdir()
-    for folder in reversed(list(target.parents(file.path))):
-        try:
-            folder.rmdir()
-        except OSError:
-            break
+        for compiled in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
+            if all_of_it or compiled.read_bytes()[4:8] == b"\1\0\0\0":
+                os.unlink(compiled)

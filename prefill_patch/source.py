@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import codecs
 import io
 import re
+import symtable
 import tokenize
 import warnings
 from collections.abc import Iterator
@@ -15,24 +17,16 @@ from typing import NamedTuple
 from prefill_patch.errors import PatchError
 
 _EOL = re.compile(r"\r\n|\n|\r")
-_CODING = re.compile(r"#!|#.*coding[:=]")
-
-Scope = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _SCOPES = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+# The fields of a compound statement that hold the statements below it.
+_BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
 
 KINDS: dict[str, tuple[type[ast.stmt], ...]] = {
     "assign": (ast.Assign, ast.AnnAssign, ast.AugAssign),
-    "call": (ast.Expr,),
     "return": (ast.Return,),
     "if": (ast.If,),
-    "for": (ast.For, ast.AsyncFor),
-    "while": (ast.While,),
-    "with": (ast.With, ast.AsyncWith),
-    "import": (ast.Import, ast.ImportFrom),
-    "assert": (ast.Assert,),
-    "raise": (ast.Raise,),
-    "def": (ast.FunctionDef, ast.AsyncFunctionDef),
-    "class": (ast.ClassDef,),
+    "for": (ast.For,),
+    "def": (ast.FunctionDef,),
 }
 
 
@@ -42,6 +36,13 @@ class Splice(NamedTuple):
     start: int
     end: int
     new: str
+
+
+class Frame(NamedTuple):
+    """What surrounds the text of a file and must come back unchanged."""
+
+    bom: bytes
+    added_eol: str  # completes a last line that has no end of its own
 
 
 class Pattern(NamedTuple):
@@ -56,38 +57,24 @@ class Pattern(NamedTuple):
 
     def fits(self, stmt: ast.stmt) -> bool:
         named = mentions(stmt)
-        return self.is_kind_of(stmt) and all(
+        return isinstance(stmt, KINDS[self.kind]) and all(
             name[1:] not in named if name.startswith("!") else name in named
             for name in self.names
         )
 
-    def may_have_fitted(self, stmt: ast.stmt, lost: str) -> bool:
-        """Whether `stmt` can be the one meant, had it the expression `lost`."""
-        expression = parse(lost).body[0]
-        named = mentions(stmt) | mentions(expression)
-        return self.is_kind_of(stmt) and all(
-            name in named or name.startswith(("!", f"{lost}.")) for name in self.names
+    def may_have_fitted(self, stmt: ast.stmt, lost: ast.expr) -> bool:
+        """Whether `stmt` may be the one meant, had it the expression `lost`."""
+        named = mentions(stmt) | mentions(ast.Expr(lost))
+        return isinstance(stmt, KINDS[self.kind]) and all(
+            name in named for name in self.names if not name.startswith("!")
         )
-
-    def is_kind_of(self, stmt: ast.stmt) -> bool:
-        """Whether the kind is right, whatever the statement mentions."""
-        if self.kind == "call" and not _is_call(stmt):
-            return False
-        return isinstance(stmt, KINDS[self.kind])
-
-
-class Frame(NamedTuple):
-    """What surrounds the text of a file and must come back unchanged."""
-
-    bom: bytes
-    added_eol: str  # completes a last line that has no end of its own
 
 
 def decode(data: bytes) -> tuple[str, Frame]:
     """The text of a Python file, every line complete, and the rest of its bytes."""
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-        if encoding not in ("utf-8", "utf-8-sig"):
+        if codecs.lookup(encoding).name not in ("utf-8", "utf-8-sig"):
             raise PatchError(f"encoded as {encoding}; only UTF-8 can be patched")
         bom = codecs.BOM_UTF8 if data.startswith(codecs.BOM_UTF8) else b""
         text = data[len(bom) :].decode("utf-8")
@@ -105,11 +92,6 @@ def encode(text: str, frame: Frame) -> bytes:
     return frame.bom + text.removesuffix(frame.added_eol).encode("utf-8")
 
 
-def parse(text: str) -> ast.Module:
-    """The syntax tree of a module."""
-    return _compiled(text, ast.PyCF_ONLY_AST)
-
-
 def validate(text: str) -> None:
     """Refuse what Python would refuse to import, misplaced statements included."""
     _compiled(text, 0)
@@ -124,12 +106,16 @@ def _compiled(text: str, flags: int):
             line = getattr(error, "lineno", None)
             where = f" on line {line}" if line else ""
             what = getattr(error, "msg", None) or error
-            raise PatchError(f"syntax error{where}: {what}") from None
+            raise PatchError(f"not valid Python{where}: {what}") from None
 
 
 def same(one: ast.AST, other: ast.AST) -> bool:
     """Whether two expressions are equal, read or assigned, however formatted."""
     return type(one) is type(other) and _dump(one) == _dump(other)
+
+
+def _dump(node: ast.AST) -> str:
+    return re.sub(r",? ?ctx=(Load|Store|Del)\(\)", "", ast.dump(node))
 
 
 def dotted(node: ast.AST | None) -> str | None:
@@ -142,44 +128,32 @@ def dotted(node: ast.AST | None) -> str | None:
     return None
 
 
-def header(stmt: ast.stmt) -> list[ast.AST]:
-    """The nodes of a statement without the block below it."""
-    if isinstance(stmt, (ast.If, ast.While)):
-        return [stmt.test]
-    if isinstance(stmt, (ast.For, ast.AsyncFor)):
-        return [stmt.target, stmt.iter]
-    if isinstance(stmt, (ast.With, ast.AsyncWith)):
-        return list(stmt.items)
-    if isinstance(stmt, (ast.FunctionDef, ast.AsyncFunctionDef)):
-        return [stmt.args, *([stmt.returns] if stmt.returns else [])]
-    if isinstance(stmt, ast.ClassDef):
-        return [*stmt.bases, *stmt.keywords]
-    return [stmt]
+def header(stmt: ast.stmt) -> Iterator[ast.AST]:
+    """The nodes directly in a statement, without its decorators and the block below."""
+    for field, value in ast.iter_fields(stmt):
+        if field not in (*_BLOCKS, "decorator_list"):
+            nodes = value if isinstance(value, list) else [value]
+            yield from (node for node in nodes if isinstance(node, ast.AST))
 
 
 def mentions(stmt: ast.stmt) -> set[str]:
     """Every dotted name that the header of a statement mentions."""
-    names: set[str | None] = {getattr(stmt, "name", None)}
+    names = {getattr(stmt, "name", None)}
     for node in (inner for top in header(stmt) for inner in ast.walk(top)):
-        if isinstance(node, (ast.Name, ast.Attribute)):
-            names.add(dotted(node))
-        elif isinstance(node, (ast.arg, ast.keyword)):
-            names.add(node.arg)
-        elif isinstance(node, ast.alias):
-            names.update((node.name, node.asname))
-        elif isinstance(node, ast.ImportFrom):
-            names.add("." * node.level + (node.module or ""))
+        names.add(
+            node.arg if isinstance(node, (ast.arg, ast.keyword)) else dotted(node)
+        )
     return {name for name in names if name}
 
 
 def blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
     """The statement lists directly inside a node."""
-    for field in ("body", "orelse", "finalbody"):
-        block = getattr(node, field, None)
-        if isinstance(block, list) and block:
+    for field in _BLOCKS:
+        block = getattr(node, field, None) or []
+        if field in ("handlers", "cases"):
+            yield from (branch.body for branch in block)
+        elif isinstance(block, list) and block:
             yield block
-    for branch in (*getattr(node, "handlers", ()), *getattr(node, "cases", ())):
-        yield branch.body
 
 
 class Source:
@@ -187,28 +161,22 @@ class Source:
 
     def __init__(self, text: str):
         self.text = text
-        self.tree = parse(text)
+        self.tree: ast.Module = _compiled(text, ast.PyCF_ONLY_AST)
         self._starts = [0, *(match.end() for match in _EOL.finditer(text))]
 
-    def scope(self, path: str) -> Scope:
+    def scope(self, path: str) -> ast.AST:
         """The class or function of a dotted path, or the whole module."""
-        node: Scope = self.tree
+        node: ast.AST = self.tree
         for name in [] if path == "module" else path.split("."):
+            inner = (stmt for _, stmt in self.statements(node))
             found = [
-                stmt
-                for _, stmt in self.statements(node)
-                if isinstance(stmt, _SCOPES) and stmt.name == name
+                one for one in inner if isinstance(one, _SCOPES) and one.name == name
             ]
-            if len(found) != 1:
-                raise PatchError(
-                    (
-                        f"{len(found)} definitions of {name} "
-                        f"(lines {_lines(found)}), one is needed"
-                        if found
-                        else f"no class or function {name}"
-                    ),
-                    scope=path,
-                )
+            if not found:
+                raise PatchError(f"no class or function {name}", scope=path)
+            if len(found) > 1:
+                many = f"{len(found)} definitions of {name} (lines {_lines(found)})"
+                raise PatchError(f"{many}, one is needed", scope=path)
             node = found[0]
         return node
 
@@ -220,54 +188,43 @@ class Source:
                 if not isinstance(stmt, _SCOPES):
                     yield from self.statements(stmt)
 
-    def fitting(
-        self, scope: str, pattern: Pattern
-    ) -> list[tuple[list[ast.stmt], ast.stmt]]:
-        """The statements of a scope that fit, each with its block."""
-        places = self.statements(self.scope(scope))
-        return [place for place in places if pattern.fits(place[1])]
-
     def find(self, scope: str, pattern: Pattern) -> tuple[list[ast.stmt], ast.stmt]:
         """The one statement of a scope that fits, with its block."""
-        found = self.fitting(scope, pattern)
+        places = self.statements(self.scope(scope))
+        found = [place for place in places if pattern.fits(place[1])]
         if len(found) == 1:
             return found[0]
-        raise PatchError(
-            (
-                "matches more than one statement "
-                f"(lines {_lines([stmt for _, stmt in found])})"
-                if found
-                else "no such statement"
-            ),
-            scope=scope,
-            place=str(pattern),
-        )
+        reason = "no such statement"
+        if found:
+            lines = _lines([stmt for _, stmt in found])
+            reason = f"matches more than one statement (lines {lines})"
+        raise PatchError(reason, scope=scope, place=str(pattern))
 
-    def offset(self, line: int, column: int) -> int:
+    def start(self, node: ast.AST) -> int:
+        return self._offset(node.lineno, node.col_offset)
+
+    def end(self, node: ast.AST) -> int:
+        return self._offset(node.end_lineno, node.end_col_offset)
+
+    def _offset(self, line: int, column: int) -> int:
         """The text offset of a position as `ast` gives it (UTF-8 columns)."""
         start = self._starts[line - 1]
         text = self.text[start : self._starts[line]]
-        if not text.isascii():
-            column = len(text.encode("utf-8")[:column].decode("utf-8"))
-        return start + column
-
-    def start(self, node: ast.AST) -> int:
-        return self.offset(node.lineno, node.col_offset)
-
-    def end(self, node: ast.AST) -> int:
-        return self.offset(node.end_lineno, node.end_col_offset)
+        return start + len(text.encode("utf-8")[:column].decode("utf-8"))
 
     def line_start(self, line: int) -> int:
         return self._starts[line - 1]
 
-    def line(self, line: int) -> str:
-        """A line without its end."""
-        return self.text[self._starts[line - 1] : self._starts[line]].rstrip("\r\n")
+    def lines(self, first: int, last: int) -> list[str]:
+        """The lines from `first` to `last`, each with its end."""
+        starts = self._starts[first - 1 : last + 1]
+        return [self.text[a:b] for a, b in zip(starts, starts[1:])]
+
+    def line(self, number: int) -> str:
+        return self.lines(number, number)[0]
 
     def eol(self, line: int) -> str:
-        return self.text[
-            self._starts[line - 1] + len(self.line(line)) : self._starts[line]
-        ]
+        return self.line(line)[len(self.line(line).rstrip("\r\n")) :]
 
     def first_line(self, stmt: ast.stmt) -> int:
         """The line a statement begins on, its decorators included."""
@@ -279,88 +236,63 @@ class Source:
         return line[: len(line) - len(line.lstrip(" \t"))]
 
     def commented_from(self, stmt: ast.stmt) -> int:
-        """The first line of the comment right above a statement, or its own.
-
-        An interpreter or encoding line belongs to the file, not to a statement.
-        """
-        first, indentation = self.first_line(stmt), self.indentation(stmt)
-        while first - 1 in self.comment_lines:
-            line = self.line(first - 1)
-            if line != indentation + line.lstrip() or (
-                first <= 3 and _CODING.match(line)
-            ):
-                break
+        """The first line of the comment right above a statement, or its own."""
+        first, comment = self.first_line(stmt), self.indentation(stmt) + "#"
+        while (
+            first > 1
+            and self.line(first - 1).startswith(comment)
+            and first - 1 not in self.string_lines
+        ):
             first -= 1
         return first
 
-    def why_not_alone(self, stmt: ast.stmt) -> str | None:
-        """Why lines cannot be put before or after a statement, if they cannot."""
+    def check_alone(self, stmt: ast.stmt) -> None:
+        """Refuse a statement that lines cannot be put before or after."""
         first = self.first_line(stmt)
-        line = self.line(first)
-        after = self.text[self.end(stmt) : self._starts[stmt.end_lineno]].strip()
-        if first > 1 and self.line(first - 1).endswith("\\"):
-            if first - 1 not in self.comment_lines:
-                return "the line above continues into the statement"
-        if first == stmt.lineno:
-            before = self.text[self.line_start(first) : self.start(stmt)]
-            if before.strip(" \t"):
-                return "another statement begins on the same line"
-        if isinstance(stmt, ast.If) and line.lstrip(" \t").startswith("elif"):
-            return "it is an elif branch, which nothing can stand beside"
-        if after and not after.startswith("#"):
-            return "another statement follows on the same line"
-        return None
+        before = self.text[self.line_start(first) : self.start(stmt)].strip(" \t")
+        after = self.text[self.end(stmt) : self.line_start(stmt.end_lineno + 1)].strip()
+        if before and not before.startswith("@") or after and not after.startswith("#"):
+            raise PatchError(f"shares line {stmt.lineno} with another statement")
+        if first > 1 and re.search(r"^[^#]*\\\s*$", self.line(first - 1)):
+            raise PatchError(f"the line above line {first} continues into it")
+        if self.text.startswith("elif", self.start(stmt)):
+            raise PatchError(f"line {first} is an elif, which nothing can stand beside")
+
+    def unbound(self, scope: str, code: str) -> list[str]:
+        """The names that `code`, which is part of a scope, loads and that nothing binds
+        there."""
+        nodes = [one for one in ast.walk(ast.parse(code)) if isinstance(one, ast.Name)]
+        stored = {node.id for node in nodes if isinstance(node.ctx, ast.Store)}
+        table = self._symbols
+        for part in [] if scope == "module" else scope.split("."):
+            inner = table.get_children()
+            table = next(child for child in inner if child.get_name() == part)
+        bound = {*dir(builtins)} | {
+            symbol.get_name()
+            for symbol in self._symbols.get_symbols()
+            if symbol.is_assigned() or symbol.is_imported()
+        }
+        return [
+            name
+            for name in sorted({node.id for node in nodes} - stored - bound)
+            if name not in table.get_identifiers() or table.lookup(name).is_global()
+        ]
 
     @cached_property
-    def _tokens(self) -> list[tokenize.TokenInfo]:
-        lines = io.StringIO(_EOL.sub("\n", self.text)).readline
-        try:
-            return list(tokenize.generate_tokens(lines))
-        except (tokenize.TokenError, SyntaxError) as error:
-            raise PatchError(f"syntax error: {error}") from None
-
-    @cached_property
-    def comment_lines(self) -> frozenset[int]:
-        """Lines that hold a comment and nothing else."""
-        return frozenset(
-            token.start[0]
-            for token in self._tokens
-            if token.type == tokenize.COMMENT
-            and self.line(token.start[0]).lstrip().startswith("#")
-        )
+    def _symbols(self) -> symtable.SymbolTable:
+        return symtable.symtable(self.text, "<target>", "exec")
 
     @cached_property
     def string_lines(self) -> frozenset[int]:
-        """Lines that begin inside a string."""
-        inside: set[int] = set()
-        opened: list[int] = []
-        for token in self._tokens:
-            kind = tokenize.tok_name[token.type]
-            if kind == "STRING":
-                inside.update(range(token.start[0] + 1, token.end[0] + 1))
-            elif kind in ("FSTRING_START", "TSTRING_START"):
-                opened.append(token.start[0])
-            elif kind in ("FSTRING_END", "TSTRING_END"):
-                inside.update(range(opened.pop() + 1, token.end[0] + 1))
-        return frozenset(inside)
-
-
-def splice(text: str, splices: list[Splice]) -> str:
-    """Make several replacements that do not overlap."""
-    for part in sorted(splices, key=lambda part: part[:2], reverse=True):
-        text = text[: part.start] + part.new + text[part.end :]
-    return text
-
-
-def _dump(node: ast.AST) -> str:
-    return re.sub(r",? ?ctx=(Load|Store|Del)\(\)", "", ast.dump(node))
-
-
-def _is_call(stmt: ast.stmt) -> bool:
-    value = getattr(stmt, "value", None)
-    if isinstance(value, ast.Await):
-        value = value.value
-    return isinstance(value, ast.Call)
+        """Lines that begin inside a string, or between strings that are joined."""
+        return frozenset(
+            line
+            for node in ast.walk(self.tree)
+            if isinstance(node, ast.JoinedStr)
+            or isinstance(node, ast.Constant)
+            and isinstance(node.value, (str, bytes))
+            for line in range(node.lineno + 1, node.end_lineno + 1)
+        )
 
 
 def _lines(stmts: list[ast.stmt]) -> str:

@@ -60,8 +60,7 @@ class Target:
     def read(self, relative: str) -> bytes | None:
         """A file's bytes, None where there is none.
 
-        Links are not followed: writing through one could leave the target, and git
-        does not.
+        Links are not followed: what is written through one could be outside.
         """
         file = self.file(relative)
         try:
@@ -70,7 +69,7 @@ class Target:
                     name = path.relative_to(self.root).as_posix()
                     raise PatchError(
                         f"a symbolic link to {os.readlink(path)}, which is not "
-                        "followed: give the tree that really holds the files",
+                        "followed, as others may use it: put a copy in its place",
                         file=name,
                     )
             if not os.path.lexists(file):
@@ -83,21 +82,26 @@ class Target:
             raise PatchError(reason, file=self.path(relative)) from None
 
 
-def open_target(given: str | os.PathLike[str]) -> Target:
+def open_target(given: str | os.PathLike[str], allow_release: bool = True) -> Target:
     """The tree that a path or a release number stands for."""
     try:
-        return _open_target(str(given))
+        return _open_target(str(given), allow_release)
     except OSError as error:
         raise PatchError(f"{given}: cannot be read: {error.strerror}") from None
 
 
-def _open_target(given: str) -> Target:
+def _open_target(given: str, allow_release: bool) -> Target:
     path = Path(given)
     if not given or not path.exists():
         release = _RELEASE.fullmatch(given)
         if not release:
             raise PatchError(
                 f"{given!r}: no such folder, nor a release number such as 0.5.12.post1"
+            )
+        if not allow_release:
+            raise PatchError(
+                f"{given!r} is no folder, and only `build` takes a release number: "
+                "give the checkout or site-packages folder that your server imports"
             )
         path = fetch_release(release[1])
     root = path.resolve()
@@ -109,10 +113,13 @@ def _open_target(given: str) -> Target:
         root, package = root.parent, "sglang"
     else:
         raise PatchError(
-            f"{given}: not an SGLang tree; give a git checkout (with python/sglang/ "
-            "inside), a site-packages folder with sglang/ inside, or that sglang/"
+            f"{root}: not an SGLang tree; give a git checkout (with python/sglang/ "
+            "inside, also of an editable install), a site-packages folder with sglang/ "
+            "inside, or that sglang/"
         )
-    return Target(root, package, _version(root, package))
+    # What a file says it is ends up on a terminal.
+    version = re.sub(r"[^\w.+!-]", "?", _version(root, package).strip())
+    return Target(root, package, version)
 
 
 def fetch_release(version: str, cache: Path | None = None) -> Path:
@@ -180,22 +187,17 @@ def _extract(wheel: Path, folder: Path) -> None:
 def _version(root: Path, package: str) -> str:
     """The SGLang version that a tree says it has, or `unknown`."""
     for name in ("_version.py", "version.py"):
+        file = root / package / name
         try:
-            tree = ast.parse((root / package / name).read_bytes())
+            tree = ast.parse(file.read_bytes() if file.is_file() else b"")
         except (OSError, SyntaxError, ValueError):
             continue
         # Assignments in the branches are fallbacks for when nothing is known.
         for stmt in tree.body:
-            if (
-                isinstance(stmt, ast.Assign)
-                and any(
-                    isinstance(name, ast.Name) and name.id == "__version__"
-                    for name in stmt.targets
-                )
-                and isinstance(stmt.value, ast.Constant)
-                and isinstance(stmt.value.value, str)
-            ):
-                return stmt.value.value
+            if isinstance(stmt, ast.Assign) and isinstance(stmt.value, ast.Constant):
+                names = map(ast.unparse, stmt.targets)
+                if "__version__" in names and isinstance(stmt.value.value, str):
+                    return stmt.value.value
     for metadata in sorted((root / package).parent.glob("sglang-*.dist-info/METADATA")):
         try:
             text = metadata.read_text(encoding="utf-8", errors="replace")
@@ -212,28 +214,13 @@ def _described(root: Path) -> str | None:
     git = shutil.which("git")
     if git is None or not (root / ".git").exists():
         return None
-    command = [git, "describe", "--tags", "--match", "v[0-9]*"]
-    done = subprocess.run(
-        command, cwd=root, env=git_environment(root), capture_output=True, text=True
-    )
+    # Named, so that no GIT_DIR of the environment and no folder above is taken.
+    command = [
+        git,
+        f"--git-dir={root / '.git'}",
+        "describe",
+        "--tags",
+        "--match=v[0-9]*",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip().removeprefix("v") or None
-
-
-def git_environment(root: Path) -> dict[str, str]:
-    """An environment in which git sees `root` and neither a folder above it nor the
-    user's settings.
-
-    In a folder of some larger repository `git apply` takes paths as that repository's
-    and skips those outside the folder without a word.
-    """
-    clean = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("GIT_") or name == "GIT_EXEC_PATH"
-    }
-    if not (root / ".git").exists():
-        clean["GIT_CEILING_DIRECTORIES"] = str(root.parent)
-    clean["GIT_CONFIG_NOSYSTEM"] = clean["GIT_ATTR_NOSYSTEM"] = "1"
-    clean["GIT_CONFIG_GLOBAL"] = os.devnull
-    clean["LC_ALL"] = "C"
-    return clean

@@ -6,44 +6,22 @@ import shutil
 import stat
 from pathlib import Path
 
-from prefill_patch import install
-from prefill_patch.patch import Patch, State, inspect
-from prefill_patch.target import fetch_release, open_target
+from prefill_patch.patch import Patch
+from prefill_patch.target import fetch_release
 
 # What the patch touches, what tells the version, and neighbours of both.
-_PARTS = (
-    "_version.py",
-    "version.py",
-    "jit_kernel/*.py",
-    "srt/environ.py",
-    "srt/layers/*.py",
-    "srt/layers/attention/*.py",
-    "srt/models/deepseek_common/**/*.py",
-)
+_PARTS = ("_version.py", "version.py", "jit_kernel/*.py", "srt/layers/attention/*.py")
 
 
-def copy_release(
-    version: str, folder: Path, package: str = "python/sglang", whole: bool = False
-) -> Path:
-    """An unpatched copy of a release below `folder`; unless `whole`, of its relevant
-    parts. Returns `folder`."""
+def copy_release(version: str, folder: Path, package: str = "python/sglang") -> Path:
+    """A copy of the parts of a release that matter, below `folder`, which is returned."""
     source = fetch_release(version) / "python/sglang"
-    for part in ("**/*",) if whole else _PARTS:
-        for file in source.glob(part):
-            if file.is_file() and "__pycache__" not in file.parts:
-                copy = folder / package / file.relative_to(source)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, copy)
-    # The cached release is a target like any other: someone may have patched it.
-    found = inspect(Patch.load(), open_target(folder))
-    if found.state is State.APPLIED:
-        install.revert(found)
+    files = {file for part in _PARTS for file in source.glob(part)}
+    for file in files | {source / path for path in Patch.load().edits}:
+        copy = folder / package / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
     return folder
-
-
-def edited_files(folder: Path, package: str = "python/sglang") -> list[Path]:
-    """The upstream files that the real patch edits, in a copy of a release."""
-    return [folder / package / path for path in sorted(Patch.load().edits)]
 
 
 def write_tree(folder: Path, files: dict[str, str | bytes]) -> Path:
@@ -55,16 +33,14 @@ def write_tree(folder: Path, files: dict[str, str | bytes]) -> Path:
     return folder
 
 
-def snapshot(folder: Path) -> dict[str, tuple]:
-    """Everything below a folder: kind, mode, contents. git's own folder is left out,
-    since `git apply` refreshes nothing there but may look."""
+def snapshot(folder: Path) -> dict[str, tuple[int, str]]:
+    """Everything below a folder but git's own: mode and contents."""
     found = {}
     for top, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name != ".git"]
         for name in folders + names:
             path = Path(top, name)
-            mode = path.lstat().st_mode
-            content = ""
+            mode, content = path.lstat().st_mode, ""
             if stat.S_ISLNK(mode):
                 content = os.readlink(path)
             elif stat.S_ISREG(mode):

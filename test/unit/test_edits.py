@@ -1,6 +1,5 @@
 """The edits of upstream files: where they go, what is refused, and the way back."""
 
-import ast
 import random
 import textwrap
 

@@ -9,6 +9,7 @@ VENV ?= .venv
 PEERS ?=
 OUT ?= bench-results
 GPUS ?= 0
+JOBS ?= 2
 ONLY ?=
 
 READY := $(if $(VENV),$(VENV)/.ready)
@@ -24,11 +25,11 @@ run: $(READY)
 	@$(RUN) test/tools/demo.py --sglang $(SGLANG)
 
 test: $(READY)
-	$(RUN) -m pytest -n 2 --cov --cov-report=term --sglang $(SGLANG)
+	$(RUN) -m pytest -n $(JOBS) --cov --cov-report=term --sglang=$(SGLANG)
 
 # Compile every kernel for every GPU family and read the machine code; needs no GPU.
 compile-check: $(READY)
-	$(RUN) test/tools/bench.py --sglang $(SGLANG) --compile-check
+	$(RUN) test/tools/compile_check.py --sglang $(SGLANG)
 
 # On a GPU: tables, CSV and plots in OUT; QUICK=1 for a minute's worth.
 bench: $(READY)

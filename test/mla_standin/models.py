@@ -81,7 +81,7 @@ KINDS = {
         q_lora_rank=32,
         kv_lora_rank=32,
         qk_nope_head_dim=16,
-        qk_rope_head_dim=16,
+        qk_rope_head_dim=64,  # fewer, and SGLang's RoPE runs its fallback kernel
         v_head_dim=16,
     ),
 }

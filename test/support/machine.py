@@ -22,7 +22,9 @@ def describe() -> str:
         ]
     packages = ("torch", "triton", "flashinfer-python", "transformers")
     versions = [f"{name} {_version(name)}" for name in packages]
-    return ", ".join([*parts, *versions, f"sglang {sglang}", str(datetime.date.today())])
+    return ", ".join(
+        [*parts, *versions, f"sglang {sglang}", str(datetime.date.today())]
+    )
 
 
 def _driver() -> str:

@@ -148,6 +148,8 @@ def prepare(config, layers: Sequence[Layer], prompts, producer: str):
         batch = harness.make_batch(env, prompts)
         batch.hidden = layer.hidden
         result = harness.run_prefill(env, batch)
+        if (result.q.dtype == env.pool.dtype) != (producer == "fused"):
+            raise RuntimeError(f"with {producer}, the layer's q is {result.q.dtype}")
         (call,) = result.calls
         rows = result.cache[batch.out_cache_loc, 0].view(env.pool.dtype)
         for found, operands in (

@@ -8,7 +8,6 @@ the target what it would compile for that launch.
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import re
 import subprocess
@@ -22,6 +21,8 @@ from unittest import mock
 
 # Decides, before Triton is imported, that kernels are compiled and not interpreted.
 os.environ["TRITON_INTERPRET"] = "0"
+# On a GPU host too, nothing here is for that GPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # A cache may hold what another process made of other sources.
 os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="compile-check-")
 HERE = Path(__file__).resolve().parent
@@ -182,6 +183,8 @@ def read_ptx(job: Job, compiled) -> tuple[str, list[str]]:
     packed = count(rf"\bcvt\.rn\.satfinite\.e[45]m[23]x2\.{source}")
     if conversions == 0 or conversions != packed:
         wrong.append(f"{packed} of {conversions} conversions saturate and are packed")
+    if "cvt.rz.f16.f32" in ptx and "-65536" not in ptx:
+        wrong.append("float32 is truncated to float16 without rounding to odd before")
     for instruction in ("griddepcontrol.wait", "griddepcontrol.launch_dependents"):
         if (instruction in ptx) != job.pdl:
             wrong.append(f"{instruction} {'missing' if job.pdl else 'present'}")
@@ -208,10 +211,13 @@ def cubin_usage(cubin: bytes) -> dict[str, int]:
 
 
 def read_amdgcn(job: Job, compiled) -> tuple[str, list[str]]:
+    """The same of code for an AMD GPU."""
     code, wrong = compiled.asm["amdgcn"], []
     loads = len(re.findall(r"\b(?:global|buffer)_load_dwordx[24]\b", code))
     if loads == 0:
         wrong.append("no load of 64 or 128 bits")
+    if "0x43e00000" not in code:
+        wrong.append("no clamp to 448.0")
     registers, spills = (
         int(re.search(rf"\.vgpr_{name}: +(\d+)", code)[1])
         for name in ("count", "spill_count")

@@ -192,6 +192,8 @@ class TestVersions:
     def test_unknown(self, packages, monkeypatch):
         (packages / "sglang.dist-info/METADATA").unlink()
         (packages / "sglang.dist-info").rmdir()
+        path = [x for x in sys.path if not [*Path(x).glob("sglang-*.dist-info")]]
+        monkeypatch.setattr(sys, "path", path)
         found = self.check(packages)
         assert found["versions"].mark == UNKNOWN and found["triton"].mark == OK
         monkeypatch.setitem(sys.modules, "packaging.requirements", None)

@@ -9,14 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from e2e import __main__ as suite
+from e2e import compare, page, pairs, profiles, reference
+from e2e.servers import ABORTED, Answer, Request, Server, faults
 from mla_standin import models
 from mla_standin.kernels import CAUSAL, DECODE, PREFIX_CHUNK
 from resampling import ratio_of_medians, ratio_of_sums
 from transformers import AutoModelForCausalLM
-
-from e2e import __main__ as suite
-from e2e import compare, page, pairs, profiles, reference
-from e2e.servers import ABORTED, Answer, Request, Server, faults
 
 VOCAB = models.KINDS["tiny"]["vocab_size"]
 

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import requests
-
 from e2e import compare, load, pairs
 from e2e.servers import Server
 

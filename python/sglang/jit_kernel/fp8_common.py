@@ -141,7 +141,7 @@ class PlanCache(dict):
         return plan
 
 
-def layout_key(*tensors: Optional[torch.Tensor]) -> tuple:
+def layout_key(*tensors: Optional[torch.Tensor]) -> list:
     """What a kernel and its checks depend on in these tensors, but for the lengths of
     their first dimensions: dtype, shape, strides, device, alignment to 16 bytes."""
     key = []
@@ -158,7 +158,7 @@ def layout_key(*tensors: Optional[torch.Tensor]) -> tuple:
         key.append(x.get_device())
     if misaligned & 15:
         key += [x is not None and x.data_ptr() & 15 for x in tensors]
-    return tuple(key)
+    return key
 
 
 @cache_once
@@ -237,12 +237,16 @@ def check_output(
         extent = stride * (size - 1) + extent
 
 
-def index_key(index: Optional[torch.Tensor]) -> Optional[tuple]:
+def index_key(*indices: Optional[torch.Tensor]) -> list:
     """What `check_index` depends on. Alignment is not among it: kernels do not
     specialize on that of indices, which two-batch overlap slices at any token."""
-    if index is None:
-        return None
-    return index.dtype, index.dim(), index.get_device(), index.is_contiguous()
+    key = []
+    for x in indices:
+        if x is None:
+            key.append(None)
+        else:
+            key += x.dtype, x.dim(), x.get_device(), x.is_contiguous()
+    return key
 
 
 def check_index(name: str, index: torch.Tensor, device: torch.device) -> None:

@@ -308,8 +308,8 @@ def mla_prefill_quantize_fp8(
     settings = (is_neox, qk_nope_head_dim, k_kind, v_kind, fp8_dtype, enable_pdl)
     laid_out = (q, kv, kv_a, k_pe, cos_sin_cache, kv_cache)
     indices = (positions, cache_loc)
-    key = (*layout_key(*laid_out), *map(index_key, indices), *settings)
-    plan = _PLANS.find(key, _make_plan, *laid_out, *indices, *settings)
+    key = layout_key(*laid_out) + index_key(*indices)
+    plan = _PLANS.find((*key, *settings), _make_plan, *laid_out, *indices, *settings)
     s = q.shape[0]
     if not s == kv.shape[0] == kv_a.shape[0] == k_pe.shape[0] == positions.shape[0]:
         raise ValueError(

@@ -155,7 +155,7 @@ class HookOnAgainstOff:
         what = "FP8 prefill preparation"
         self.assertIn(f"{what} with the fused producer", self.on.log)
         self.assertNotIn(f"{what} decline", self.on.log)
-        self.assertIn(f"{what} declined, SGLANG_MLA_FP8_PREFILL=off", self.off.log)
+        self.assertIn(f"{what} declined: SGLANG_MLA_FP8_PREFILL=off", self.off.log)
 
     def test_kernel_is_handed_fp8(self):
         for run in (self.on, self.off):

@@ -27,8 +27,6 @@ from typing import Any, Optional
 
 import patched_sglang
 import torch
-from mla_standin.models import VOCAB
-
 from e2e import load, page, profiles
 from e2e.pairs import (
     SIDE_BY_SIDE,
@@ -44,6 +42,7 @@ from e2e.pairs import (
     two_gpu_cases,
 )
 from e2e.servers import Server, kill_all, leave_no_server, start_all
+from mla_standin.models import VOCAB
 
 SECTIONS = ("compare", "parallel", "load", "profile")
 # A job makes rows of results; their "problems" are what is not ok.

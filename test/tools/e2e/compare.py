@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from resampling import ratio_of_sums
-
 from e2e.servers import Answer, Request, Server, faults
+from resampling import ratio_of_sums
 
 MARGIN, SCENARIO_MARGIN = 0.02, 0.05
 # Beyond this mean distance, server and reference do not run the same model.

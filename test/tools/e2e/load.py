@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import psutil
-
 from e2e.servers import Answer, Request, Server, faults
 
 # For a server that must retract: 64 pages, and a scheduler that reserves room for few

@@ -12,10 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from e2e.compare import MARGIN, SCENARIO_MARGIN
 from resampling import RESAMPLES
 from tabulate import tabulate
-
-from e2e.compare import MARGIN, SCENARIO_MARGIN
 
 Row = Mapping[str, Any]
 

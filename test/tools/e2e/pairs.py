@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, Callable
 
 import patched_sglang
-from mla_standin.models import VOCAB, make_model
-
 from e2e import compare
 from e2e.reference import Reference
 from e2e.servers import Server, start_all
+from mla_standin.models import VOCAB, make_model
 
 TOKENSPEED, TRTLLM = "tokenspeed_mla", "trtllm_mla"
 SIDES = ("unpatched", "patched")

@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from e2e.servers import Request, Server
 from mla_standin.kernels import CAUSAL, RANGE
 from resampling import ratio_of_medians
-
-from e2e.servers import Request, Server
 
 PAIRS = tuple(
     (model, backend)

@@ -460,6 +460,8 @@ class MLAFP8PrefillMixin:
         """
         q_fp8 = q.new_empty(q.shape, dtype=FP8)
         k_fp8 = torch.empty_like(q_fp8)
+        if q.shape[0] == 0:  # FlashInfer would launch a grid of no blocks
+            return q_fp8, k_fp8
         parts = [k_nope.shape[-1], k_pe.shape[-1]]
         q_nope, q_pe = q.split(parts, dim=-1)
         q_nope_fp8, q_pe_fp8 = q_fp8.split(parts, dim=-1)

@@ -1016,6 +1016,8 @@ def test_wheel_for_another_host(pip):
     assert sorted(found.root.rglob("*.py")) == [
         found.root / "python/sglang" / name for name in ("srt/x.py", "version.py")
     ]
+    # Nothing is unpacked outside.
+    assert list(pip.parents[1].rglob("x.txt")) == [found.root / "python/sglang/x.txt"]
 
 
 def test_unknown_release(pip, run):

@@ -351,3 +351,10 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert suite.main([]) == 2
     assert "needs GPU 0" in capsys.readouterr().err
+
+
+def test_the_upper_end_of_an_interval_decides():
+    row = dict(unpatched=0.1, ratio=[1.0, 0.97, 1.03])
+    assert compare.problems_of("pair", "alone", row) == []
+    (problem,) = compare.problems_of("pair", "all", row)
+    assert "up to 1.02 is right" in problem

@@ -531,3 +531,14 @@ class TestStart:
             q_indptr_decode_buf=buffer,
         )
         assert log() == before
+
+
+def test_tables_and_pools_of_another_dtype_are_not_for_the_hook(monkeypatch):
+    env = make_env(TINY, "trtllm_mla")
+    rotary = env.attn.rotary_emb
+    assert mla_fp8_prefill._pool_producer(env.pool) == "fused"
+    assert mla_fp8_prefill._is_plain_rope(rotary, TINY.rope)
+    monkeypatch.setattr(env.pool, "dtype", torch.bfloat16)
+    monkeypatch.setattr(rotary, "cos_sin_cache", rotary.cos_sin_cache.bfloat16())
+    assert mla_fp8_prefill._pool_producer(env.pool) is None
+    assert not mla_fp8_prefill._is_plain_rope(rotary, TINY.rope)

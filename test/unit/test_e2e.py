@@ -104,6 +104,11 @@ def test_prompts_behind_a_prefix_count_as_one_and_as_their_tokens():
     assert compare.ratio(found)["ratio"][0] == pytest.approx(2.5 / 1.5, abs=1e-5)
 
 
+def test_another_token_is_a_difference():
+    one, other = ({"a": Answer([token], [-0.5], [-1.0, -2.0])} for token in (5, 6))
+    assert compare.bit_equal(one, other)["differing"] == 1
+
+
 class TestAnswer:
     REQUEST = Request([5, 6, 7], 2, logprob_start=0, rid="r")
 

@@ -35,7 +35,11 @@ def scaled(x: torch.Tensor, scale_inv: float) -> torch.Tensor:
 @pytest.mark.parametrize("fp8_dtype", FP8_DTYPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale_inv", [1.0, 0.3, 40.0])
-def test_every_input_value(dtype, fp8_dtype, scale_inv):
+@pytest.mark.parametrize("clamped", [False, True])
+def test_every_input_value(dtype, fp8_dtype, scale_inv, clamped, monkeypatch):
+    if clamped:  # as on AMD GPUs
+        kind = fp8_common.CONVERT_CLAMPED.value
+        monkeypatch.setattr(fp8_common, "fp8_conversion", lambda device: kind)
     bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32, device=DEVICE)
     x = bits.to(torch.int16).view(dtype)
     out = fp8_quantize(x, scale_inv, fp8_dtype=fp8_dtype)
@@ -84,6 +88,14 @@ def test_views(length):
     assert fp8_quantize(x, 0.5, out=out) is out
     assert_fp8(out, scaled(x, 0.5))
     assert is_poison(wide[..., :4]) and is_poison(wide[..., 4 + length :])
+
+
+def test_a_view_is_written_from_a_contiguous_input():
+    x = torch.randn(5, 32, device=DEVICE).to(torch.bfloat16)
+    wide = poison((5, 48), torch.float8_e4m3fn)
+    fp8_quantize(x, out=wide[:, :32])
+    assert_fp8(wide[:, :32], x.double())
+    assert is_poison(wide[:, 32:])
 
 
 def test_every_second_row():

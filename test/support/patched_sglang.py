@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 from prefill_patch import SOURCE, cli
 from prefill_patch.target import open_target
@@ -85,16 +85,3 @@ def run_python(site: Path, *arguments: str, cwd: Optional[str] = None) -> str:
     if done.returncode != 0:
         raise RuntimeError(f"failed on {site}:\n{done.stderr[-4000:]}")
     return done.stdout
-
-
-def call_elsewhere(site: Path, module: str, inputs: Any) -> Any:
-    """`module.serve(source, target)` on the SGLang of the folder `site`, in a process of
-    its own: it finds the inputs in one file and leaves its result in the other."""
-    import torch
-
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder, "inputs"), Path(folder, "results")
-        torch.save(inputs, source)
-        code = f"import sys, {module}; {module}.serve(*sys.argv[1:])"
-        run_python(site, "-c", code, str(source), str(target), cwd=folder)
-        return torch.load(target, weights_only=False)

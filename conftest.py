@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 
 def pytest_addoption(parser):
@@ -34,3 +35,10 @@ def pytest_configure(config):
 def unpatched_sglang(pytestconfig) -> Path:
     """The folder of the same SGLang without the patch, for a process of its own."""
     return pytestconfig.unpatched_sglang
+
+
+@pytest.fixture(autouse=True)
+def gpu_memory_for_other_workers():
+    yield
+    if torch.cuda.is_available() and torch.cuda.memory_reserved() > 2**32:
+        torch.cuda.empty_cache()

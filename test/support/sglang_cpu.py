@@ -39,7 +39,7 @@ def _define_torchvision_ops() -> None:
     defined; nothing here calls them.
     """
     global _torchvision
-    if _torchvision is not None:
+    if _torchvision is not None or torch.version.cuda is not None:
         return
     _torchvision = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):

@@ -856,8 +856,7 @@ def edited(files: dict[str, bytes]) -> dict[str, bytes]:
 
 def black(width: int, **options: bool):
     def reformat(code: str) -> str:
-        import black
-
+        black = pytest.importorskip("black")
         return black.format_str(code, mode=black.Mode(line_length=width, **options))
 
     return reformat

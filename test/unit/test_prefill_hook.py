@@ -25,7 +25,10 @@ from sglang.srt.layers.attention.mla_fp8_prefill import (
     prepare_prefill_qkv,
     resolve_attn_backend,
 )
-from sglang.srt.layers.attention.trtllm_mla_backend import TRTLLMMLABackend
+from sglang.srt.layers.attention.trtllm_mla_backend import (
+    TRTLLMMLABackend,
+    _quantize_fp8_qkv,
+)
 from sglang.srt.mem_cache import memory_pool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
@@ -535,10 +538,26 @@ class TestStart:
 
 def test_tables_and_pools_of_another_dtype_are_not_for_the_hook(monkeypatch):
     env = make_env(TINY, "trtllm_mla")
-    rotary = env.attn.rotary_emb
+    rotary = batch_runs.own_rope(env.attn)
     assert mla_fp8_prefill._pool_producer(env.pool) == "fused"
     assert mla_fp8_prefill._is_plain_rope(rotary, TINY.rope)
     monkeypatch.setattr(env.pool, "dtype", torch.bfloat16)
-    monkeypatch.setattr(rotary, "cos_sin_cache", rotary.cos_sin_cache.bfloat16())
+    rotary.cos_sin_cache = rotary.cos_sin_cache.bfloat16()
     assert mla_fp8_prefill._pool_producer(env.pool) is None
     assert not mla_fp8_prefill._is_plain_rope(rotary, TINY.rope)
+
+
+def test_an_fp8_q_tells_that_k_and_v_are_divided():
+    # As for fa3, SGLang may cast a declined batch's K itself, without its scale.
+    scale = torch.tensor(0.5, device=DEVICE)
+    layer = SimpleNamespace(
+        k_scale=scale, k_scale_float=0.5, v_scale=scale, v_scale_float=0.5
+    )
+    q, k, v = torch.randn(3, 4, 2, 32, device=DEVICE).to(torch.bfloat16).unbind()
+    k, v = k.to(E4M3), v.to(E4M3)
+    _, *divided, _, _ = _quantize_fp8_qkv(q, k, v, layer)
+    for x, y in zip(divided, (k, v)):
+        assert same_bits(x, (y.float() / 0.5).to(E4M3))
+    _, *left, _, _ = _quantize_fp8_qkv(q.to(E4M3), k, v, layer)
+    for x, y in zip(left, (k, v)):
+        assert same_bits(x, y)

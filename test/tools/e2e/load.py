@@ -241,10 +241,11 @@ def held(server: Server) -> list[str]:
 
 class Watch:
     """What a storm may not leave behind: memory on the GPU, faults in the log. Made of
-    a server that has been warmed up."""
+    a server that has been warmed up. A flush gives unused memory back to the GPU."""
 
     def __init__(self, server: Server):
         self.server = server
+        server.flush_cache()
         self.memory = server.gpu_memory()
         self.log = len(server.log_since(0).encode())
 
@@ -252,6 +253,8 @@ class Watch:
         server, problems = self.server, []
         if server.get("/health_generate").status_code != 200:
             problems.append("the server is not healthy")
+        held = server.pool()["used"]
+        server.flush_cache()
         memory = server.gpu_memory()
         if not self.memory:
             problems.append("no figure of the server's GPU memory: cannot tell a leak")
@@ -262,7 +265,7 @@ class Watch:
         lines = server.log_since(self.log).splitlines()
         problems += [f"log: {x.strip()[:300]}" for x in lines if LOG_FAULT.search(x)]
         figures = {
-            "pool_tokens_held": server.pool()["used"],
+            "pool_tokens_held": held,
             "memory_growth_mib": round((memory - self.memory) / MIB),
         }
         return figures, _few(problems)

@@ -176,8 +176,9 @@ def slice_of(
     *shape: int, dtype: torch.dtype = torch.bfloat16, before: int = 8, after: int = 24
 ) -> torch.Tensor:
     """Random values of this shape in a slice of wider rows, as SGLang passes views."""
-    wide = torch.randn(*shape[:-1], before + shape[-1] + after, device=DEVICE)
-    return (wide * 3).to(dtype)[..., before : before + shape[-1]]
+    row = before + shape[-1] + after
+    wide = torch.randn(*shape[:-1], row, dtype=dtype, device=DEVICE).mul_(3)
+    return wide[..., before : before + shape[-1]]
 
 
 def make_cos_sin_cache(max_position: int, rope: int) -> torch.Tensor:

@@ -323,8 +323,9 @@ def mla_prefill_quantize_fp8(
             f"cache_loc must have at most one slot for each of q's {s} tokens, got "
             f"{num_cache_rows}"
         )
-    q_out = q.new_empty(q.shape, dtype=fp8_dtype)
-    k_out = q.new_empty(q.shape, dtype=fp8_dtype)
+    contiguous = torch.contiguous_format
+    q_out = torch.empty_like(q, dtype=fp8_dtype, memory_format=contiguous)
+    k_out = torch.empty_like(q_out)
     v_shape = (*q.shape[:2], kv.shape[2] - qk_nope_head_dim)
     v_out = q.new_empty(v_shape, dtype=fp8_dtype)
     if s > 0:

@@ -185,8 +185,9 @@ def _mla_prefill_quantize_fp8_kernel(
             kv_row = kv_ptr + t * kv_token_stride + h * kv_head_stride
             k_nope = tl.load(kv_row + nope, mask=nope_mask)
             v = tl.load(kv_row + NOPE + dim_v, mask=v_mask)
-            k_x, k_y = _load_pairs(k_pe_row, live, HALF, HALF_P2, NEOX)
         q_x, q_y = _load_pairs(q_row + NOPE, live, HALF, HALF_P2, NEOX)
+        if V > 0:
+            k_x, k_y = _load_pairs(k_pe_row, live, HALF, HALF_P2, NEOX)
         cos, sin = _load_cos_sin(
             positions_ptr,
             cos_sin_ptr,
@@ -202,10 +203,6 @@ def _mla_prefill_quantize_fp8_kernel(
         q_nope_fp8 = to_fp8(q_nope, 1.0, SCALE_UNIT, FP8_DTYPE, CONVERSION)
         q_x_fp8 = to_fp8(q_x, 1.0, SCALE_UNIT, FP8_DTYPE, CONVERSION)
         q_y_fp8 = to_fp8(q_y, 1.0, SCALE_UNIT, FP8_DTYPE, CONVERSION)
-        row = t * NUM_HEADS + h
-        q_out_row = q_fp8_ptr + row * (NOPE + ROPE)
-        tl.store(q_out_row + nope, q_nope_fp8, mask=nope_mask)
-        _store_pairs(q_out_row + NOPE, live, q_x_fp8, q_y_fp8, HALF, HALF_P2, NEOX)
         if V > 0:
             k_scale = load_scale(k_scale_inv, K_SCALE_KIND)
             v_scale = load_scale(v_scale_inv, V_SCALE_KIND)
@@ -214,10 +211,16 @@ def _mla_prefill_quantize_fp8_kernel(
             k_x_fp8 = to_fp8(k_x, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
             k_y_fp8 = to_fp8(k_y, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
             v_fp8 = to_fp8(v, v_scale, V_SCALE_KIND, FP8_DTYPE, CONVERSION)
-            k_x_fp8 = tl.broadcast_to(k_x_fp8, (BLOCK_T, BLOCK_H, HALF_P2))
-            k_y_fp8 = tl.broadcast_to(k_y_fp8, (BLOCK_T, BLOCK_H, HALF_P2))
+
+        row = t * NUM_HEADS + h
+        q_out_row = q_fp8_ptr + row * (NOPE + ROPE)
+        tl.store(q_out_row + nope, q_nope_fp8, mask=nope_mask)
+        _store_pairs(q_out_row + NOPE, live, q_x_fp8, q_y_fp8, HALF, HALF_P2, NEOX)
+        if V > 0:
             k_out_row = k_fp8_ptr + row * (NOPE + ROPE)
             tl.store(k_out_row + nope, k_nope_fp8, mask=nope_mask)
+            k_x_fp8 = tl.broadcast_to(k_x_fp8, (BLOCK_T, BLOCK_H, HALF_P2))
+            k_y_fp8 = tl.broadcast_to(k_y_fp8, (BLOCK_T, BLOCK_H, HALF_P2))
             _store_pairs(k_out_row + NOPE, live, k_x_fp8, k_y_fp8, HALF, HALF_P2, NEOX)
             tl.store(v_fp8_ptr + row * V + dim_v, v_fp8, mask=v_mask)
     else:

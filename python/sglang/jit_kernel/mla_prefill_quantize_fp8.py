@@ -180,9 +180,9 @@ def _mla_prefill_quantize_fp8_kernel(
         q_row = q_ptr + t * q_token_stride + h * q_head_stride
         q_nope = tl.load(q_row + nope, mask=nope_mask)
         if V > 0:
+            kv_row = kv_ptr + t * kv_token_stride + h * kv_head_stride
             dim_v = tl.arange(0, V_P2)[None, None, :]
             v_mask = live & (dim_v < V)
-            kv_row = kv_ptr + t * kv_token_stride + h * kv_head_stride
             k_nope = tl.load(kv_row + nope, mask=nope_mask)
             v = tl.load(kv_row + NOPE + dim_v, mask=v_mask)
         q_x, q_y = _load_pairs(q_row + NOPE, live, HALF, HALF_P2, NEOX)
@@ -200,13 +200,14 @@ def _mla_prefill_quantize_fp8_kernel(
         )
 
         q_x, q_y = _rotate(q_x, q_y, cos, sin, ROPE_STYLE)
+        if V > 0:
+            k_x, k_y = _rotate(k_x, k_y, cos, sin, ROPE_STYLE)
         q_nope_fp8 = to_fp8(q_nope, 1.0, SCALE_UNIT, FP8_DTYPE, CONVERSION)
         q_x_fp8 = to_fp8(q_x, 1.0, SCALE_UNIT, FP8_DTYPE, CONVERSION)
         q_y_fp8 = to_fp8(q_y, 1.0, SCALE_UNIT, FP8_DTYPE, CONVERSION)
         if V > 0:
             k_scale = load_scale(k_scale_inv, K_SCALE_KIND)
             v_scale = load_scale(v_scale_inv, V_SCALE_KIND)
-            k_x, k_y = _rotate(k_x, k_y, cos, sin, ROPE_STYLE)
             k_nope_fp8 = to_fp8(k_nope, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
             k_x_fp8 = to_fp8(k_x, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
             k_y_fp8 = to_fp8(k_y, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)

@@ -253,11 +253,69 @@ def _sides(measured: Mapping[str, Sequence[float]], scale: float, form: str) -> 
     return {"unpatched": old, "patched": new, "best": best}
 
 
+FA3 = """
+`--prefill-attention-backend fa3`, SGLang's default on Hopper, with an FP8 cache: nothing is
+stood in for. Decode is triton's.
+"""
+
+FA3_TIME = """
+The models of the section above, with a BF16 cache too. GPU time of a round of prompts,
+from SGLang's profiler: preparation and attention of all layers. Over HTTP, medians of
+rounds asked of all servers in turn; the ratios to the unpatched server have 95% bootstrap
+intervals, and that of a second unpatched server is the noise.
+"""
+
+
+def fa3(rows: Sequence[Row]) -> str:
+    return compare([row for row in rows if "pair" in row]) + load(rows)
+
+
+def fa3_time(rows: Sequence[Row]) -> str:
+    gpu, http = [], []
+    for row in rows:
+        behind = f" behind {row['prefix']}" if row["prefix"] else ""
+        what = f"{row['prompts']} x {row['tokens']}{behind}"
+        who = {"layers of": MODELS[row["model"]], "tokens": what}
+        total = {
+            side: x["preparation_us"] + x["attention_us"]
+            for side, x in row["gpu"].items()
+        }
+        launches = [
+            row["gpu"][side]["preparation_launches"]
+            for side in ("unpatched", "patched")
+        ]
+        gpu.append(
+            {
+                **who,
+                **{side: f"{us / 1e3:.2f} ms" for side, us in total.items()},
+                "unpatched / patched": f"{total['unpatched'] / total['patched']:.2f}",
+                "BF16 / patched": f"{total['BF16 cache'] / total['patched']:.2f}",
+                "launches": "{:.0f} -> {:.0f}".format(*launches),
+            }
+        )
+        sides = list(row["gpu"])
+        http.append(
+            {
+                **who,
+                **{side: f"{ms:.2f} ms" for side, ms in zip(sides, row["http_ms"])},
+                **{
+                    f"{side} / unpatched": _interval(ratio)
+                    for side, ratio in zip(sides[1:], row["ratios"])
+                },
+            }
+        )
+    return (
+        table(gpu) + "\nOver HTTP, until the last prompt has its token:\n" + table(http)
+    )
+
+
 SECTIONS = {
     "compare": ("One GPU: answers and what the kernels were handed", COMPARE, compare),
     "parallel": ("Two GPUs", "", compare),
     "load": ("Load and a kill", LOAD, load),
     "profile": ("Launches and time", PROFILE, profile),
+    "fa3": ("Hopper: fa3, nothing stood in", FA3, fa3),
+    "fa3 time": ("Hopper: time", FA3_TIME, fa3_time),
 }
 
 

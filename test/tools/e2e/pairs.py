@@ -18,7 +18,7 @@ from e2e.reference import Reference
 from e2e.servers import Server, start_all
 from mla_standin.models import VOCAB, make_model
 
-TOKENSPEED, TRTLLM = "tokenspeed_mla", "trtllm_mla"
+TOKENSPEED, TRTLLM, FA3 = "tokenspeed_mla", "trtllm_mla", "fa3"
 SIDES = ("unpatched", "patched")
 # SGLang merges prefix chunks by natural log-sum-exps, trtllm-gen returns base-2 ones;
 # natural ones here let errors show that wrong weights would hide.
@@ -49,6 +49,8 @@ class Case:
     padding: bool = False
     # Among what --quick runs.
     quick: bool = False
+    # Whether attention kernels are stood in for.
+    standin: bool = True
 
     def arguments(self) -> list[str]:
         backends = ["--attention-backend", self.backend]
@@ -79,6 +81,22 @@ def one_gpu_cases() -> list[Case]:
         Case("composed producer", TRTLLM, patched_env=composed),
         Case("K and V scales", TRTLLM, model="scaled"),
         Case("V2-Lite", TOKENSPEED, model="v2_lite"),
+    ]
+
+
+def fa3_case(name: str, env: Mapping[str, str] = {}, **fields) -> Case:
+    """Prefill by FlashAttention-3, as MHA behind any prefix."""
+    env = {"SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD": "1", **env}
+    return Case(name, FA3, decode="triton", env=env, standin=False, **fields)
+
+
+def fa3_cases() -> list[Case]:
+    # Batches of more tokens attend to their prefixes in chunks.
+    chunks = {"SGLANG_MAX_KV_CHUNK_CAPACITY": "2048"}
+    return [
+        fa3_case("prefix in one shot", off=True, quick=True),
+        fa3_case("prefix in chunks of 2048", chunks, quick=True),
+        fa3_case("K and V scales", model="scaled"),
     ]
 
 
@@ -131,7 +149,8 @@ class Run:
             env = {**case.env, "SGLANG_MLA_FP8_PREFILL": "off"}
         name = f"{case.name}-{case.backend}-{side}".replace(", ", "-").replace(" ", "-")
         folder = self.folder / "servers" / name
-        return Server(folder, site, self.model(case.model), case.arguments(), env, gpus)
+        model, arguments = self.model(case.model), case.arguments()
+        return Server(folder, site, model, arguments, env, gpus, case.standin)
 
     def expected(self, kind: str) -> Future:
         """Will be transformers' log-probabilities of all prompts, by name."""
@@ -157,11 +176,20 @@ def check_record(
     server: Server, hook_on: bool
 ) -> tuple[dict[str, list[int]], list[str]]:
     """What reached the attention kernels, {"<kernel>, <kind>": [calls, of them padded,
-    of them with requests without keys, tokens]}, and what is wrong with it."""
+    of them with requests without keys, tokens]}, and what is wrong with it, or with what
+    the log says."""
+    log = server.log_since(0)
+    problems = []
+    if hook_on != ("FP8 prefill preparation with the" in log):
+        problems.append(f"the log {'does not say' if hook_on else 'says'} FP8 on")
+    declined = re.search("FP8 prefill preparation declines a batch.*", log)
+    if hook_on and declined:
+        problems.append(declined[0])
+    if not server.standin:
+        return {}, problems
     record = server.record()
     kinds = {True: "causal", False: "prefix chunk", None: "decode"}
     totals: dict[str, list[int]] = {}
-    problems = []
     for call in record["calls"]:
         dtypes = {call[f"{x}_dtype"] for x in "qkv"}
         if dtypes != {"float8_e4m3fn"} or not call["contiguous"]:
@@ -177,12 +205,6 @@ def check_record(
         problems.append(f"{record['nan']} NaN went into the kernels or came out")
     if hook_on and record["late_compiles"]:
         problems.append(f"compiled by a request: {record['late_compiles']}")
-    log = server.log_since(0)
-    if hook_on != ("FP8 prefill preparation with the" in log):
-        problems.append(f"the log {'does not say' if hook_on else 'says'} FP8 on")
-    declined = re.search("FP8 prefill preparation declines a batch.*", log)
-    if hook_on and declined:
-        problems.append(declined[0])
     return totals, problems
 
 

@@ -130,10 +130,10 @@ def usual_layer(layers: Sequence[Work]) -> dict[str, Any]:
     }
 
 
-def profile(
-    server: Server, requests: Sequence[Request], prefix: int, seconds: float = 60
-) -> dict[str, Any]:
-    """The usual layer of the requests, served one after another."""
+def trace(
+    server: Server, ask: Callable[[], object], seconds: float = 60
+) -> Iterator[list[dict[str, Any]]]:
+    """The events of SGLang's trace of what is asked; again where it was not whole yet."""
     folder = Path(server.folder, "profile")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -141,31 +141,42 @@ def profile(
     # SGLang's defaults, which make large traces that say no more of launches.
     body |= {"with_stack": False, "record_shapes": False}
     server.post("/start_profile", body).raise_for_status()
-    for request in requests:
-        _seconds(server, request, prefix)
+    ask()
     server.post("/stop_profile").raise_for_status()
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         for path in sorted(folder.rglob("*.gz")):
             try:
                 with gzip.open(path) as f:
-                    layers = layers_of(json.load(f)["traceEvents"])
+                    yield json.load(f)["traceEvents"]
             except (EOFError, OSError, ValueError, zlib.error):
                 continue  # still being written
-            if layers:
-                return usual_layer(layers)
         time.sleep(0.5)
     raise TimeoutError(f"{server.name}: no trace with attention in {folder}")
 
 
-def _prompt(seed: int, size: int, prefix: int) -> Request:
+def profile(server: Server, requests: Sequence[Request], prefix: int) -> dict[str, Any]:
+    """The usual layer of the requests, served one after another."""
+
+    def ask() -> None:
+        for request in requests:
+            seconds_of(server, request, prefix)
+
+    return next(
+        usual_layer(layers)
+        for events in trace(server, ask)
+        if (layers := layers_of(events))
+    )
+
+
+def prompt(seed: int, size: int, prefix: int) -> Request:
     """`size` random tokens behind the same `prefix` ones."""
     head = np.random.default_rng([0, 7]).integers(VOCAB, size=prefix)
     tail = np.random.default_rng([1, seed]).integers(VOCAB, size=size)
     return Request([*head.tolist(), *tail.tolist()])
 
 
-def _seconds(server: Server, request: Request, prefix: int = 0) -> float:
+def seconds_of(server: Server, request: Request, prefix: int = 0) -> float:
     answer = server.generate(request)
     if answer.error is not None:
         raise RuntimeError(f"{server.name}: {answer.error}")
@@ -173,6 +184,13 @@ def _seconds(server: Server, request: Request, prefix: int = 0) -> float:
         cached = answer.cached_tokens
         raise RuntimeError(f"{server.name}: {cached} cached tokens behind {prefix}")
     return answer.seconds
+
+
+def forget(server: Server, prefix: int) -> None:
+    """Flush the server's cache, but for the prefix, which it computes anew."""
+    server.flush_cache()
+    if prefix:
+        server.generate(prompt(0, 1, prefix))
 
 
 def in_turn(
@@ -200,12 +218,10 @@ def time_to_first_token(
     def measure(server: Server, i: int) -> float:
         if not prefix:
             server.flush_cache()  # or a full pool makes room in what is timed
-        return _seconds(server, _prompt(1000 + i, size, prefix), prefix)
+        return seconds_of(server, prompt(1000 + i, size, prefix), prefix)
 
     for server in servers:
-        server.flush_cache()
-        if prefix:
-            server.generate(_prompt(0, 1, prefix))
+        forget(server, prefix)
     return in_turn(servers, measure, times, warm=2)
 
 
@@ -216,7 +232,7 @@ def throughput(
 
     def measure(server: Server, i: int) -> float:
         server.flush_cache()
-        requests = [_prompt(count * i + k, size, 0) for k in range(count)]
+        requests = [prompt(count * i + k, size, 0) for k in range(count)]
         started = time.monotonic()
         answers = server.generate_all(requests, concurrency=count)
         seconds = time.monotonic() - started
@@ -266,8 +282,8 @@ def measure(
         for server in pair:
             server.flush_cache()
             for seed in (0, 1):  # the second finds the prefix
-                _seconds(server, _prompt(seed, size, prefix))
-            requests = [_prompt(10 + i, size, prefix) for i in range(3)]
+                seconds_of(server, prompt(seed, size, prefix))
+            requests = [prompt(10 + i, size, prefix) for i in range(3)]
             layers.append(profile(server, requests, prefix))
         seconds = time_to_first_token(pair, size, prefix, times)
         yield {

@@ -38,6 +38,7 @@ from sglang.srt.compilation.piecewise_context_manager import (
     is_in_piecewise_cuda_graph,
 )
 from sglang.srt.environ import envs
+from sglang.srt.layers.dp_attention import get_attention_tp_size
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, MLATokenToKVPool
 from sglang.srt.model_executor.breakable_cuda_graph.context import (
@@ -194,6 +195,18 @@ def _kv_buffer(pool, layer_id: int) -> torch.Tensor:
     return pool.kv_buffer[layer_id - pool.start_layer]
 
 
+def _is_one_shot_over_prefix(forward_batch: ForwardBatch) -> bool:
+    return bool(
+        forward_batch.mha_one_shot and any(forward_batch.extend_prefix_lens_cpu)
+    )
+
+
+def _project_kv(layer: DeepseekV2AttentionMLA, kv_a: torch.Tensor) -> torch.Tensor:
+    """k_nope and v, [n, h, nope + v], of the latent kv_a [n, lora]."""
+    kv = layer.kv_b_proj(kv_a)[0]
+    return kv.view(-1, layer.num_local_heads, layer.qk_nope_head_dim + layer.v_head_dim)
+
+
 class _BatchDecision(NamedTuple):
     metadata: object
     reason: Optional[str]  # why the batch is declined, or None
@@ -208,6 +221,9 @@ class MLAFP8PrefillMixin:
     of taken batches and operands in the model's dtype of declined ones. A subclass whose
     kernel takes no FP8 sets ``prepare_prefill_qkv = None``.
     """
+
+    # Whether the kernel attends to prefix and new tokens in one call (mha_one_shot).
+    attends_to_prefix_in_one_shot = False
 
     # Whether _run_prefill_kernel gives k_scale and v_scale back to its kernel.
     prefill_kernel_has_kv_scales = True
@@ -303,14 +319,15 @@ class MLAFP8PrefillMixin:
                 is_neox=bool(is_neox),
             )
             if producer == FUSED:
-                mla_prefill_quantize_fp8(
-                    **inputs,
-                    qk_nope_head_dim=nope,
-                    kv_cache=zeros(1, 1, lora + rope, dtype=FP8),
-                    cache_loc=index,
-                    k_scale_inv=scale_invs[0],
-                    v_scale_inv=scale_invs[1],
-                )
+                for kv_or_none in [kv, None][: 1 + self.attends_to_prefix_in_one_shot]:
+                    mla_prefill_quantize_fp8(
+                        **{**inputs, "kv": kv_or_none},
+                        qk_nope_head_dim=nope,
+                        kv_cache=zeros(1, 1, lora + rope, dtype=FP8),
+                        cache_loc=index,
+                        k_scale_inv=scale_invs[0],
+                        v_scale_inv=scale_invs[1],
+                    )
             else:
                 self._prepare_composed(**inputs, scale_invs=scale_invs)
             mla_kv_pack_quantize_fp8(kv[..., :nope], k_pe, kv[..., nope:], *scale_invs)
@@ -334,20 +351,25 @@ class MLAFP8PrefillMixin:
     def _decide(self, forward_batch: ForwardBatch) -> _BatchDecision:
         """What becomes of the batch that the metadata stands for; decided once for all
         layers."""
-        metadata = self.forward_prefill_metadata
+        metadata = self._batch_metadata()
         if self._batch.metadata is not metadata:
             reason, producer = self._batch_reason(metadata, forward_batch), None
             if reason is None:
                 reason, producer = self._pool_decision(forward_batch.token_to_kv_pool)
+            if producer == COMPOSED and _is_one_shot_over_prefix(forward_batch):
+                reason = "one-shot attention over a prefix with the composed producer"
             self._batch = _BatchDecision(metadata, reason, producer)
         return self._batch
 
-    @staticmethod
-    def _batch_reason(metadata, forward_batch: ForwardBatch) -> Optional[str]:
+    def _batch_metadata(self):
+        """What the backend made of the batch at hand, another object for each batch."""
+        return self.forward_prefill_metadata
+
+    def _batch_reason(self, metadata, forward_batch: ForwardBatch) -> Optional[str]:
         """Why SGLang's own path has to run this batch, or None."""
         if metadata is None:
             return "no prefill metadata"
-        if metadata.fallback_to_flashinfer_impl:
+        if getattr(metadata, "fallback_to_flashinfer_impl", False):
             return "FlashInfer's own prefill runs the batch"
         # RadixAttention allocates its output in q's dtype under a forward context.
         if (
@@ -356,7 +378,10 @@ class MLAFP8PrefillMixin:
             or is_in_breakable_cuda_graph()
         ):
             return "CUDA graph"
-        if forward_batch.mha_one_shot and any(forward_batch.extend_prefix_lens_cpu):
+        if (
+            _is_one_shot_over_prefix(forward_batch)
+            and not self.attends_to_prefix_in_one_shot
+        ):
             return "one-shot attention over a prefix"
         if not forward_batch.forward_mode.is_extend_without_speculative():
             return "speculative batch"
@@ -394,10 +419,10 @@ class MLAFP8PrefillMixin:
         pool = forward_batch.token_to_kv_pool
         scale_invs = self._prefill_scale_invs(attn)
         nope = layer.qk_nope_head_dim
-        kv = layer.kv_b_proj(kv_a)[0]
+        over_prefix = _is_one_shot_over_prefix(forward_batch)
         inputs = dict(
             q=q,
-            kv=kv.view(-1, layer.num_local_heads, nope + layer.v_head_dim),
+            kv=None if over_prefix else _project_kv(layer, kv_a),
             kv_a=kv_a,
             k_pe=k_pe,
             positions=positions,
@@ -405,7 +430,7 @@ class MLAFP8PrefillMixin:
             is_neox=rotary_emb is not None and rotary_emb.is_neox_style,
         )
         if producer == FUSED:
-            return mla_prefill_quantize_fp8(
+            q, k, v = mla_prefill_quantize_fp8(
                 **inputs,
                 qk_nope_head_dim=nope,
                 kv_cache=_kv_buffer(pool, attn.layer_id),
@@ -413,10 +438,28 @@ class MLAFP8PrefillMixin:
                 k_scale_inv=scale_invs[0],
                 v_scale_inv=scale_invs[1],
             )
+            if over_prefix:
+                k, v = self._one_shot_kv(layer, forward_batch)
+            return q, k, v
         *qkv, latent, k_pe = self._prepare_composed(**inputs, scale_invs=scale_invs)
         num_cached = cache_loc.shape[0]
         pool.set_mla_kv_buffer(attn, cache_loc, latent[:num_cached], k_pe[:num_cached])
         return tuple(qkv)
+
+    def _one_shot_kv(
+        self, layer: DeepseekV2AttentionMLA, forward_batch: ForwardBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """FP8 k and v of each request's prefix and new tokens, out of the cache."""
+        kv_a, k_pe = layer._get_mla_kv_buffer(
+            forward_batch.fetch_mha_one_shot_kv_indices(),
+            self.q_data_type,
+            forward_batch,
+        )
+        nope = layer.qk_nope_head_dim
+        kv = _project_kv(layer, kv_a)
+        return self.pack_prefix_chunk_kv(
+            kv[..., :nope], k_pe, kv[..., nope:], layer.attn_mha
+        )
 
     def _prepare_composed(
         self, q, kv, kv_a, k_pe, positions, cos_sin_cache, is_neox, scale_invs
@@ -509,3 +552,46 @@ class MLAFP8PrefillMixin:
             if rows.shape[0] > self.num_prefill_tokens:
                 rows[self.num_prefill_tokens :].zero_()
         return result
+
+
+class FA3FP8PrefillMixin(MLAFP8PrefillMixin):
+    """The hook for ``FlashAttentionBackend``, where it runs MLA with FlashAttention-3.
+
+    Its ``forward_extend`` casts q, k and v to the KV cache's dtype, and leaves what has
+    it already. It applies no scale of K and V.
+    """
+
+    attends_to_prefix_in_one_shot = True
+
+    def init_fp8_prefill(self, model_runner: ModelRunner) -> None:
+        if not self.use_mla or self.fa_impl_ver != 3:
+            self.prepare_prefill_qkv = None
+            return
+        config = model_runner.model_config
+        self.data_type = self.kv_cache_dtype
+        self.q_data_type = model_runner.dtype
+        self.num_local_heads = config.num_attention_heads // get_attention_tp_size()
+        self.kv_lora_rank = config.kv_lora_rank
+        self.qk_nope_head_dim = config.qk_nope_head_dim
+        self.qk_rope_head_dim = config.qk_rope_head_dim
+        self.v_head_dim = config.v_head_dim
+        super().init_fp8_prefill(model_runner)
+
+    def _unsupported_reason(self) -> Optional[str]:
+        reason = super()._unsupported_reason()
+        if reason is not None:
+            return reason
+        if self.kv_cache_dtype_str == "auto":
+            return "--kv-cache-dtype auto keeps attention in the model's dtype"
+        if self.attn_cp_size > 1:
+            return "context parallelism"
+        head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        if head_dim > 256:
+            return f"no FP8 kernel for head dimension {head_dim}"
+        return None
+
+    def _batch_metadata(self):
+        return self.forward_metadata
+
+    def _prefill_scale_invs(self, layer: RadixAttention) -> tuple[float, float]:
+        return 1.0, 1.0

@@ -102,7 +102,8 @@ def run(args: argparse.Namespace, patch: Patch, target: Target) -> int:
     else:
         print(
             "verdict: ready, a server started now with --attention-backend "
-            f"{' or '.join(backends)} and --kv-cache-dtype fp8_e4m3 uses the patch"
+            f"{' or '.join(backends)} and --kv-cache-dtype fp8_e4m3 uses the patch, "
+            "without prefill CUDA graphs unless it has --enforce-piecewise-cuda-graph"
         )
     return 0 if worst == OK else 1
 

@@ -253,7 +253,7 @@ CASES = [
     ),
     case(
         "piecewise-graph",
-        "inside a piecewise CUDA graph",
+        "inside a piecewise CUDA graph (`--enforce-piecewise-cuda-graph`)",
         MLA_PATH,
         env=dict(dims=DEEPSEEK, modify_layer=runs.absorb_weights),
         how=runs.in_piecewise_graph,
@@ -266,7 +266,7 @@ CASES = [
     ),
     case(
         "breakable-graph",
-        "inside a breakable CUDA graph",
+        "inside a breakable CUDA graph (the same, `--enable-breakable-cuda-graph`)",
         declined("CUDA graph"),
         how=functools.partial(runs.in_forward_context, breakable=True),
     ),

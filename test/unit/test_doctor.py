@@ -255,6 +255,7 @@ class TestVerdict:
         last = capfd.readouterr().out.splitlines()[-1]
         assert last.startswith("verdict: ready")
         assert "--attention-backend trtllm_mla or tokenspeed_mla and" in last
+        assert "without prefill CUDA graphs unless" in last
 
     def test_one_backend(self, packages, capfd):
         (packages / "tokenspeed_mla.dist-info/METADATA").unlink()

@@ -47,7 +47,7 @@ from e2e.pairs import (
 from e2e.servers import Server, kill_all, leave_no_server, start_all
 from mla_standin.models import VOCAB
 
-SECTIONS = ("compare", "parallel", "load", "profile", "fa3", "fa3 time")
+SECTIONS = ("compare", "parallel", "load", "profile", "graphs", "fa3", "fa3 time")
 # A job makes rows of results; their "problems" are what is not ok.
 Job = Callable[[], Iterable[dict[str, Any]]]
 
@@ -106,12 +106,10 @@ def run_small_pool(run: Run, name: str, gpu: int) -> Iterable[dict[str, Any]]:
         yield {"small pool": name, **figures, "problems": problems}
 
 
-def run_profile(run: Run, gpu: int) -> Iterable[dict[str, Any]]:
-    """Launches, preparation time, time to first token and throughput, by pair."""
-    cases = [
-        Case(model, name, model=model, **profiles.CASE)
-        for model, name in (profiles.QUICK_PAIRS if run.quick else profiles.PAIRS)
-    ]
+def run_profile(
+    run: Run, gpu: int, cases: Sequence[Case], measure: Callable
+) -> Iterable[dict[str, Any]]:
+    """What `measure` finds of each case's pair of servers, one pair after another."""
     with ExitStack() as stack:
         pairs = [
             [stack.enter_context(run.server(case, side, (gpu,))) for side in SIDES]
@@ -120,7 +118,7 @@ def run_profile(run: Run, gpu: int) -> Iterable[dict[str, Any]]:
         stack.callback(kill_all)  # all at once; one by one they take seconds to end
         start_all([server for pair in pairs for server in pair])
         for case, pair in zip(cases, pairs):
-            for row in profiles.measure(pair, case.model, run.quick):
+            for row in measure(pair, case.model, run.quick):
                 yield {"model": case.model, "backend": case.backend, **row}
 
 
@@ -183,13 +181,24 @@ def run_sections(
     for case in fa3_cases():
         if case.quick or not run.quick:
             together.append(("fa3", f"{case.name}, fa3", pair(case, gpus[:1])))
-    alone = [
-        ("profile", "profile", functools.partial(run_profile, run, gpus[0])),
-        ("fa3 time", "time, fa3", functools.partial(fa3.run_time, run, gpus[0])),
+    profiled = [
+        Case(model, name, model=model, **profiles.CASE)
+        for model, name in (profiles.QUICK_PAIRS if run.quick else profiles.PAIRS)
     ]
+    graphs = Case("graphs", TRTLLM, model=page.PROJECTED, **profiles.GRAPHS_CASE)
+    timed = [
+        (name, name, functools.partial(run_profile, run, gpus[0], cases, measure))
+        for name, cases, measure in (
+            ("profile", profiled, profiles.measure),
+            ("graphs", [graphs], profiles.measure_graphs),
+        )
+    ]
+    timed.append(
+        ("fa3 time", "fa3 time", functools.partial(fa3.run_time, run, gpus[0]))
+    )
     # Ranks of many servers on one GPU wait for each other's turns; what is timed has
     # the machine for itself.
-    for jobs, at_once in ((together, SIDE_BY_SIDE // 2), (parallel, 3), (alone, 1)):
+    for jobs, at_once in ((together, SIDE_BY_SIDE // 2), (parallel, 3), (timed, 1)):
         chosen = [job for job in jobs if job[0] in sections]
         with ThreadPoolExecutor(at_once) as pool:
             done = [pool.submit(results.run, *job) for job in chosen]

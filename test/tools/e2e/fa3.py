@@ -7,6 +7,7 @@ distance from the first is the host's noise, and unpatched with a BF16 cache.
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -40,6 +41,8 @@ def times_of(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
                 attention.append(event["dur"])
             elif profiles.prepares(name):
                 preparation.append(event["dur"])
+    if not attention:
+        return {}
     return {
         "attention_us": round(sum(attention), 1),
         "preparation_us": round(sum(preparation), 1),
@@ -63,8 +66,8 @@ def prefill_times(server: Server, shape: tuple[int, int, int]) -> dict[str, Any]
     rounds = []
     for seed in range(3):
         profiles.forget(server, shape[2])
-        events = profiles.trace(server, lambda: ask(server, shape, 100 + seed))
-        rounds.append(next(x for e in events if (x := times_of(e))["attention_us"]))
+        round_ = functools.partial(ask, server, shape, 100 + seed)
+        rounds.append(profiles.profile(server, round_, times_of))
     return {key: statistics.median(x[key] for x in rounds) for key in rounds[0]}
 
 

@@ -47,6 +47,9 @@ class Case:
     hits: bool = True
     # Batches must come with rows past those of requests.
     padding: bool = False
+    # SGLang's own choice of prefill CUDA graphs, which run FlashInfer's kernel and none of
+    # the stand-ins.
+    prefill_graphs: bool = False
     # Among what --quick runs.
     quick: bool = False
     # Whether attention kernels are stood in for.
@@ -57,6 +60,8 @@ class Case:
         if self.decode:
             backends = ["--prefill-attention-backend", self.backend]
             backends += ["--decode-attention-backend", self.decode]
+        if not self.prefill_graphs:
+            backends += ["--disable-piecewise-cuda-graph"]
         return [*backends, "--chunked-prefill-size", str(self.chunk), *self.more]
 
 

@@ -34,7 +34,6 @@ COMMON = (
     *("--kv-cache-dtype", "fp8_e4m3"),
     *("--page-size", "64"),
     "--disable-cuda-graph",
-    "--disable-piecewise-cuda-graph",
     *("--sampling-backend", "pytorch"),
     *("--max-total-tokens", "65536"),
     *("--mem-fraction-static", "0.85"),

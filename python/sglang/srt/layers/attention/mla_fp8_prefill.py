@@ -67,6 +67,9 @@ QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 # directly.
 FUSED, COMPOSED, OFF = "fused", "composed", "off"
 
+# Names, in ServerArgs, of the backends that have the hook.
+BACKENDS = ("trtllm_mla", "tokenspeed_mla")
+
 
 @cache_once
 def _wrapper_types() -> tuple[type, type, type]:
@@ -260,6 +263,34 @@ class MLAFP8PrefillMixin:
             if torch.device(self.device).type == "cuda":
                 self._compile_prefill_kernels(producer, variants)
         _log_once(f"{type(self).__name__}: FP8 prefill preparation {outcome}")
+        if reason is None:
+            self._disable_prefill_cuda_graphs(model_runner)
+
+    @staticmethod
+    def _disable_prefill_cuda_graphs(model_runner: ModelRunner) -> None:
+        """Turn prefill CUDA graphs, piecewise or breakable, off where nothing else keeps
+        batches from the hook.
+
+        In a piecewise graph attention is absorbed and runs on FlashInfer's kernel, which
+        wants the layer's whole KV pool in the model's dtype. The model runner captures
+        after its backends are made.
+        """
+        server_args = model_runner.server_args
+        if (
+            server_args.disable_piecewise_cuda_graph
+            or server_args.enforce_piecewise_cuda_graph
+            or server_args.get_attention_backends()[0] not in BACKENDS
+            or not any(
+                hasattr(module, "forward_normal_prepare")
+                for module in model_runner.model.modules()
+            )
+        ):
+            return
+        server_args.disable_piecewise_cuda_graph = True
+        _log_once(
+            "Prefill CUDA graphs are turned off for FP8 prefill preparation; "
+            "--enforce-piecewise-cuda-graph keeps them"
+        )
 
     def _unsupported_reason(self) -> Optional[str]:
         """Why no batch of this process can be taken, or None."""

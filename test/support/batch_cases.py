@@ -34,7 +34,7 @@ from sglang_cpu import HAS_GPU
 
 @dataclass(frozen=True)
 class Outcome:
-    """`kind` is taken, declined, untouched, refused or not applicable."""
+    """`kind` is taken, declined, untouched, corrected or not applicable."""
 
     kind: str
     reason: str = ""
@@ -53,9 +53,9 @@ def untouched(reason: str) -> Outcome:
     return Outcome("untouched", reason)
 
 
-def refused(reason: str) -> Outcome:
-    """An error when the backend starts; `reason` is found in its message."""
-    return Outcome("refused", reason)
+def corrected(reason: str) -> Outcome:
+    """SGLang's own path, which is wrong for the batch, or raises, without the patch."""
+    return Outcome("corrected", reason)
 
 
 def not_applicable(reason: str) -> Outcome:
@@ -111,8 +111,10 @@ def case(
 
 CHUNKS = dict(extend_lens=[5, 1, 3], prefix_lens=[12, 0, 7], chunks=2)
 ONE_CHUNK = dict(extend_lens=[3, 2], prefix_lens=[4, 0], chunks=1)
+DECODES = dict(extend_lens=[1, 1], prefix_lens=[9, 4], paged=True)
 # FlashInfer's kernels, on a GPU, are for models' dimensions.
 DEEPSEEK = reference.MODELS["deepseek-v3"]._replace(heads=4)
+SCALES = dict(k_scale=0.3, v_scale=1.7)
 COMPOSED = {"SGLANG_MLA_FP8_PREFILL": "composed"}
 PREFIX_BY_MHA = {"SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD": "1"}
 
@@ -121,6 +123,8 @@ FP8_ONLY = not_applicable("starts with an fp8_e4m3 cache only")
 MLA_PATH = untouched("MLA path")
 NO_HOOK = untouched("the prefill backend has no hook")
 OWN_OPERANDS = untouched("BF16 operands are quantized at the kernel call")
+ASSERTS_ONE = corrected("SGLang asserts scales of 1")
+UNDIVIDED_ROWS = corrected("SGLang multiplies undivided rows by k_scale")
 
 CASES = [
     # Wrappers round a backend
@@ -276,7 +280,7 @@ CASES = [
         "decode",
         MLA_PATH,
         env=dict(dims=DEEPSEEK, modify_layer=runs.absorb_weights),
-        batch=dict(extend_lens=[1, 1], prefix_lens=[9, 4]),
+        batch=DECODES,
         how=functools.partial(runs.absorbed, mode="DECODE"),
     ),
     case(
@@ -288,7 +292,7 @@ CASES = [
             speculative_num_draft_tokens=3,
             modify_layer=runs.absorb_weights,
         ),
-        batch=dict(extend_lens=[3, 3], prefix_lens=[9, 4]),
+        batch={**DECODES, "extend_lens": [3, 3]},
         how=functools.partial(runs.absorbed, mode="TARGET_VERIFY"),
     ),
     case(
@@ -296,7 +300,7 @@ CASES = [
         "speculative draft-extend",
         MLA_PATH,
         env=dict(dims=DEEPSEEK, modify_layer=runs.absorb_weights),
-        batch=dict(extend_lens=[3, 2], prefix_lens=[9, 4]),
+        batch={**DECODES, "extend_lens": [3, 2]},
         how=functools.partial(runs.absorbed, mode="DRAFT_EXTEND"),
     ),
     case(
@@ -340,10 +344,8 @@ CASES = [
         "own-prepare-scales",
         "the same with k_scale and v_scale",
         OWN_OPERANDS,
-        tokenspeed_mla=not_applicable("its kernel takes no scales"),
-        env=dict(
-            q_lora=None, prefill_attention_backend="fa3", k_scale=0.3, v_scale=1.7
-        ),
+        tokenspeed_mla=ASSERTS_ONE,
+        env=dict(**SCALES, q_lora=None, prefill_attention_backend="fa3"),
         batch=CHUNKS,
         how=runs.own_prepare,
     ),
@@ -434,15 +436,65 @@ CASES = [
     case(
         "scales",
         "k_scale and v_scale in the checkpoint",
-        tokenspeed_mla=refused("layer 0 has k_scale_float=0.3 and v_scale_float=1.7"),
-        env=dict(k_scale=0.3, v_scale=1.7),
-        batch=CHUNKS,
+        env=SCALES,
+        batch={**CHUNKS, "pad_rows": 2},
     ),
     case(
-        "v-scale",
-        "v_scale alone in the checkpoint",
-        tokenspeed_mla=refused("layer 0 has k_scale_float=1.0 and v_scale_float=4.0"),
-        env=dict(v_scale=4.0),
+        "k-scale",
+        "k_scale alone in the checkpoint",
+        env=dict(k_scale=0.3),
+        batch=CHUNKS,
+    ),
+    case("v-scale", "v_scale alone in the checkpoint", env=dict(v_scale=1.7)),
+    case(
+        "scales-chunked-prefill",
+        "k_scale and v_scale, chunks of one prompt after one another",
+        env=SCALES,
+        batch=dict(extend_lens=[19]),
+        how=functools.partial(runs.chunk_by_chunk, sizes=(8, 8, 3)),
+    ),
+    case(
+        "scales-one-shot",
+        "k_scale and v_scale, MHA_ONE_SHOT chosen for this backend, no prefix",
+        env=dict(**SCALES, prefill_attention_backend="fa3"),
+    ),
+    case(
+        "scales-declined",
+        "k_scale and v_scale, a rotary embedding that the hook declines",
+        declined("rotary embedding"),
+        tokenspeed_mla=ASSERTS_ONE,
+        env=dict(**SCALES, modify_layer=runs.native_rope),
+        batch={**CHUNKS, "pad_rows": 2},
+    ),
+    case(
+        "scales-decode",
+        "k_scale and v_scale, decode",
+        UNDIVIDED_ROWS,
+        env=dict(**SCALES, dims=DEEPSEEK, modify_layer=runs.absorb_weights),
+        batch=DECODES,
+        how=functools.partial(runs.absorbed, mode="DECODE"),
+    ),
+    case(
+        "scales-target-verify",
+        "k_scale and v_scale, speculative target-verify",
+        UNDIVIDED_ROWS,
+        env=dict(
+            **SCALES,
+            dims=DEEPSEEK,
+            speculative_num_draft_tokens=3,
+            modify_layer=runs.absorb_weights,
+        ),
+        batch={**DECODES, "extend_lens": [3, 3]},
+        how=functools.partial(runs.absorbed, mode="TARGET_VERIFY"),
+    ),
+    case(
+        "scales-decode-off",
+        "k_scale and v_scale, decode, SGLANG_MLA_FP8_PREFILL=off",
+        MLA_PATH,
+        env=dict(**SCALES, dims=DEEPSEEK, modify_layer=runs.absorb_weights),
+        environ={"SGLANG_MLA_FP8_PREFILL": "off"},
+        batch=DECODES,
+        how=functools.partial(runs.absorbed, mode="DECODE"),
     ),
     # The cache
     case(
@@ -555,8 +607,7 @@ CASES = [
     case(
         "composed-scales",
         "the same with k_scale and v_scale",
-        tokenspeed_mla=not_applicable("its kernel takes no scales"),
-        env=dict(dims=DEEPSEEK, is_neox=True, k_scale=0.3, v_scale=1.7),
+        env=dict(**SCALES, dims=DEEPSEEK, is_neox=True),
         environ=COMPOSED,
         batch=CHUNKS,
         producer="composed",
@@ -646,7 +697,7 @@ def run_unpatched(target: str) -> None:
     for case in filter(runnable, CASES + FORCED):
         for backend in BACKENDS:
             kind = case.outcome(backend).kind
-            if kind in ("declined", "untouched") or (
+            if kind in ("declined", "untouched", "corrected") or (
                 kind == "taken" and case.name in COMPARED
             ):
                 try:
@@ -665,7 +716,8 @@ INTRODUCTION = """\
 *Taken*: the backend's hook prepares Q, K, V and the cache rows in FP8. *Declined*: it
 leaves the batch to SGLang's own path, whose every result is then bit-identical to the
 unpatched SGLang's, and the reason is logged once; *untouched* is the same where SGLang
-does not come to the hook at all, and *refused* an error when the backend starts.
+does not come to the hook at all. *Corrected*: SGLang's own path too, which is wrong for
+the batch or raises without the patch, and right with it ([scales](scales.md)).
 
 Where a batch is taken, Q, K, V and the cache rows are the exact results rounded once (at
 most one element in 10,000 is the next FP8 value). Against the unpatched SGLang, Q and K

@@ -245,8 +245,9 @@ def make_env(
     for name, value in (("k_scale", k_scale), ("v_scale", v_scale)):
         if value is not None:
             scale = torch.tensor(value, dtype=torch.float32, device=DEVICE)
-            setattr(attn.attn_mha, name, scale)
-            setattr(attn.attn_mha, f"{name}_float", value)
+            for layer in (attn.attn_mha, attn.attn_mqa):
+                setattr(layer, name, scale)
+                setattr(layer, f"{name}_float", value)
     modify_layer(attn)
     pool = pool_class(
         size=slots,
@@ -372,11 +373,12 @@ def make_batch(
     *,
     pad_rows: int = 0,
     chunks: Optional[int] = None,
+    paged: bool = False,
     seed: int = 0,
 ) -> Batch:
     """A batch with shuffled slots and a cache full of random rows.
 
-    `chunks` forces the longest prefix into that many chunks; `pad_rows` adds the rows
+    `paged` gives each request one page, as the absorbed path reads them; `chunks` forces the longest prefix into that many chunks; `pad_rows` adds the rows
     of data-parallel padding. No requests make the idle batch of a rank without work.
     """
     extend_lens = list(extend_lens)
@@ -391,6 +393,11 @@ def make_batch(
         raise ValueError(f"{needed} tokens do not fit in {pool.size} slots")
     slots = page + torch.randperm(pool.size, generator=generator)[:needed]
     new, *old = slots.split([tokens, *prefix_lens])
+    if paged:
+        pages = (page * (i + 1) + torch.arange(page) for i in range(len(extend_lens)))
+        spans = [*zip(pages, prefix_lens, extend_lens)]
+        old = [slots[:p] for slots, p, _ in spans]
+        new = torch.cat([slots[p : p + n] for slots, p, n in spans])
     rows = torch.randn(pool.kv_buffer[0].shape, generator=generator)
     hidden = torch.randn(tokens, hidden_size, generator=generator)
     # What data-parallel padding holds is arbitrary: ones, so that nothing cancels.

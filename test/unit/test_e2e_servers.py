@@ -407,6 +407,15 @@ class TestPair:
         assert "no batch was padded" in problem
 
 
+def test_the_unpatched_server_may_have_a_model_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs, "Server", lambda folder, site, model, *more: model)
+    trees = SimpleNamespace(patched=None, unpatched=None)
+    run = SimpleNamespace(trees=trees, folder=tmp_path, model=lambda kind: kind)
+    case = pairs.Case("scales", "tokenspeed_mla", model="a", unpatched_model="b")
+    models = [pairs.Run.server(run, case, side, (0,)) for side in pairs.SIDES]
+    assert models == ["b", "a"]
+
+
 def test_ranks_may_miss_the_cache_but_not_always(tmp_path):
     prompts = QUESTIONS["behind prefixes"]
     _, problems = compare.ask(FakeServer(tmp_path, "cold"), "x", prompts, hits=False)

@@ -1,7 +1,6 @@
-"""Every kind of batch of batch_cases.py: exact where it is taken, else the unpatched
-SGLang's bits."""
+"""Every kind of batch of batch_cases.py: exact where it is taken or corrected, else the
+unpatched SGLang's bits."""
 
-import re
 from pathlib import Path
 
 import batch_cases
@@ -25,7 +24,7 @@ KERNEL = {
 # BF16 rounding of the attention output, and three FP8 operands, rounded twice where a
 # part of the batch reads from the cache what another has written.
 BF16_NOISE, FP8_NOISE = 0.01, 0.06
-REREADING = ("tbo-children-split-request", "chunked-prefill")
+REREADING = ("tbo-children-split-request", "chunked-prefill", "scales-chunked-prefill")
 
 
 def cases_of(test: str, among=CASES):
@@ -132,7 +131,8 @@ def test_taken(case, backend, run, hook, log):
         assert call.name == KERNEL[backend] and call.contiguous
         k_scale, v_scale = env.scales
         assert call.bmm1_scale == k_scale * env.attn.scaling
-        assert call.bmm2_scale == v_scale
+        # tokenspeed_mla's kernel has none: its output is multiplied.
+        assert call.bmm2_scale == (v_scale if backend == "trtllm_mla" else 1.0)
     assert not result.late_compiles
 
     reference.assert_fp8(new_rows(result, batch), exact.rows[:n])
@@ -162,6 +162,8 @@ def test_never_farther_from_exact_than_unpatched(name, backend, run, unpatched):
     case = batch_cases.case_named(name)
     if case.test(backend) != "test_taken":
         pytest.skip(case.outcome(backend).reason)
+    if name == "scales" and backend == "tokenspeed_mla":
+        pytest.skip(batch_cases.ASSERTS_ONE.reason)
     env, batch, after = run(case, backend)
     before, n = unpatched(case, backend), batch.tokens
     exact, dims = harness.expected(env, batch), env.dims
@@ -232,10 +234,24 @@ def test_untouched(case, backend, run, hook, unpatched):
     assert_identical(result, unpatched(case, backend), batch.tokens)
 
 
-@cases_of("test_refused")
-def test_refused(case, backend):
-    with pytest.raises(ValueError, match=re.escape(case.outcome(backend).reason)):
-        case.scenario.on(backend).build()
+@cases_of("test_corrected")
+def test_corrected(case, backend, run, hook, unpatched_results):
+    """SGLang's own path attends rightly, which without the patch it does not."""
+    env, batch, result = run(case, backend)
+    assert not any(hook.taken)
+    with torch.no_grad():
+        attention = harness.expected_attention(env, batch).flatten(1).to(env.dtype)
+        wanted = env.attn.o_proj(attention)[0]
+    n = batch.tokens
+    assert harness.relative_error(result.output[:n], wanted) < FP8_NOISE
+    assert (result.output[n:] == 0).all()
+    before = unpatched_results[case.name, backend]
+    if isinstance(before, str):
+        assert (
+            "AssertionError: tokenspeed_mla prefill kernel has no per-tensor" in before
+        )
+    else:
+        assert harness.relative_error(before.output[:n], wanted) > 5 * FP8_NOISE
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

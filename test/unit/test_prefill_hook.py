@@ -233,6 +233,12 @@ class TestSwitch:
         start = "TokenspeedMLABackend: FP8 prefill preparation"
         assert log() == [f"{start} declined: {SWITCH}=off"]
 
+    def test_off_keeps_the_refusal_of_scales(self, monkeypatch):
+        monkeypatch.setenv(SWITCH, "off")
+        env = make_env(TINY, "tokenspeed_mla", v_scale=4.0)
+        with pytest.raises(AssertionError, match="must be 1.0"):
+            harness.run_prefill(env, harness.make_batch(env, [5, 3]))
+
     @on_both
     @pytest.mark.parametrize("value", ["", "on", "1"])
     def test_anything_else_is_an_error(self, value, backend, monkeypatch):
@@ -545,6 +551,24 @@ def test_tables_and_pools_of_another_dtype_are_not_for_the_hook(monkeypatch):
     rotary.cos_sin_cache = rotary.cos_sin_cache.bfloat16()
     assert mla_fp8_prefill._pool_producer(env.pool) is None
     assert not mla_fp8_prefill._is_plain_rope(rotary, TINY.rope)
+
+
+@pytest.mark.parametrize("v_scale, multiplications", [(None, 0), (1.0, 0), (1.7, 1)])
+def test_outputs_of_tokenspeed_are_multiplied_where_v_scale_is_not_1(
+    v_scale, multiplications, monkeypatch
+):
+    multiply, seen = torch.Tensor.mul_, []
+
+    def mul_(self, other):
+        seen.append((self.dtype, other))
+        return multiply(self, other)
+
+    env = make_env(TINY, "tokenspeed_mla", k_scale=0.3, v_scale=v_scale)
+    batch = harness.make_batch(env, **CHUNKS)
+    monkeypatch.setattr(torch.Tensor, "mul_", mul_)
+    calls = harness.run_prefill(env, batch).calls
+    wanted = [(torch.bfloat16, v_scale)] * multiplications * len(calls)
+    assert [some for some in seen if some[0] == torch.bfloat16] == wanted
 
 
 def test_an_fp8_q_tells_that_k_and_v_are_divided():

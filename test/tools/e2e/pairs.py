@@ -38,6 +38,7 @@ class Case:
     decode: str = ""  # another backend for decoding
     more: tuple[str, ...] = ()
     model: str = "deepseek_v3"
+    unpatched_model: str = ""  # the same weights, where SGLang refuses the model
     env: Mapping[str, str] = field(default_factory=lambda: NATURAL)
     patched_env: Mapping[str, str] = field(default_factory=dict)
     scenarios: tuple[str, ...] = ("alone", "at once", "behind prefixes")
@@ -85,6 +86,12 @@ def one_gpu_cases() -> list[Case]:
         Case("decode by trtllm_mla", TOKENSPEED, decode=TRTLLM),
         Case("composed producer", TRTLLM, patched_env=composed),
         Case("K and V scales", TRTLLM, model="scaled"),
+        Case(
+            "K and V scales",
+            TOKENSPEED,
+            model="scaled",
+            unpatched_model="deepseek_v3",
+        ),
         Case("V2-Lite", TOKENSPEED, model="v2_lite"),
     ]
 
@@ -148,14 +155,18 @@ class Run:
     def server(self, case: Case, side: str, gpus: Sequence[int]) -> Server:
         """`side` is "unpatched", "off" (patched, with the hook off) or patched."""
         site, env = self.trees.patched, {**case.env, **case.patched_env}
+        model = case.model
         if side == "unpatched":
             site, env = self.trees.unpatched, case.env
+            model = case.unpatched_model or model
         elif side == "off":
             env = {**case.env, "SGLANG_MLA_FP8_PREFILL": "off"}
         name = f"{case.name}-{case.backend}-{side}".replace(", ", "-").replace(" ", "-")
         folder = self.folder / "servers" / name
-        model, arguments = self.model(case.model), case.arguments()
-        return Server(folder, site, model, arguments, env, gpus, case.standin)
+        arguments = case.arguments()
+        return Server(
+            folder, site, self.model(model), arguments, env, gpus, case.standin
+        )
 
     def expected(self, kind: str) -> Future:
         """Will be transformers' log-probabilities of all prompts, by name."""

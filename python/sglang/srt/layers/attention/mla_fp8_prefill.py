@@ -227,9 +227,11 @@ class MLAFP8PrefillMixin:
 
     # Whether the kernel attends to prefix and new tokens in one call (mha_one_shot).
     attends_to_prefix_in_one_shot = False
-
-    # Whether _run_prefill_kernel gives k_scale and v_scale back to its kernel.
-    prefill_kernel_has_kv_scales = True
+    # Whether the prefill kernel multiplies by v_scale; else its output is multiplied.
+    prefill_kernel_has_v_scale = True
+    # False: as in SGLang, decode multiplies by k_scale though rows of the KV cache are not
+    # divided by it, and tokenspeed_mla's prefill asserts that both scales are 1.
+    corrects_kv_scales = False
     # Rows of q that belong to requests; data-parallel padding follows them.
     num_prefill_tokens = 0
 
@@ -239,8 +241,7 @@ class MLAFP8PrefillMixin:
         Called at the end of the backend's ``__init__``.
 
         Raises:
-            ValueError: SGLANG_MLA_FP8_PREFILL has no such value, or the checkpoint has
-                scales that the prefill kernel does not take.
+            ValueError: SGLANG_MLA_FP8_PREFILL has no such value.
         """
         self._configured_producer = envs.SGLANG_MLA_FP8_PREFILL.get().lower()
         if self._configured_producer not in (FUSED, COMPOSED, OFF):
@@ -248,6 +249,7 @@ class MLAFP8PrefillMixin:
                 f"SGLANG_MLA_FP8_PREFILL must be {FUSED}, {COMPOSED} or {OFF}, got "
                 f"{envs.SGLANG_MLA_FP8_PREFILL.get()!r}"
             )
+        self.corrects_kv_scales = self._configured_producer != OFF
         self._batch = _BatchDecision(self, None, None)
         self._process_reason = self._unsupported_reason()
         if self.skip_prefill:
@@ -363,21 +365,14 @@ class MLAFP8PrefillMixin:
                 self._prepare_composed(**inputs, scale_invs=scale_invs)
             mla_kv_pack_quantize_fp8(kv[..., :nope], k_pe, kv[..., nope:], *scale_invs)
 
-    def _prefill_scale_invs(self, layer: RadixAttention) -> tuple[float, float]:
+    @staticmethod
+    def _prefill_scale_invs(layer: RadixAttention) -> tuple[float, float]:
         """(1 / k_scale, 1 / v_scale) of the checkpoint."""
         k_scale, v_scale = layer.k_scale_float, layer.v_scale_float
-        k_scale = 1.0 if k_scale is None else k_scale
-        v_scale = 1.0 if v_scale is None else v_scale
-        if k_scale == 1.0 and v_scale == 1.0:
-            return 1.0, 1.0
-        if not self.prefill_kernel_has_kv_scales:
-            raise ValueError(
-                f"{type(self).__name__}: the prefill kernel takes no K or V scale, but "
-                f"layer {layer.layer_id} has k_scale_float={k_scale} and "
-                f"v_scale_float={v_scale}; both must be 1.0, or choose "
-                "--attention-backend trtllm_mla"
-            )
-        return 1.0 / k_scale, 1.0 / v_scale
+        return (
+            1.0 if k_scale is None else 1.0 / k_scale,
+            1.0 if v_scale is None else 1.0 / v_scale,
+        )
 
     def _decide(self, forward_batch: ForwardBatch) -> _BatchDecision:
         """What becomes of the batch that the metadata stands for; decided once for all
@@ -576,10 +571,17 @@ class MLAFP8PrefillMixin:
         )
 
     def _run_padded_prefill_kernel(self, **kwargs):
-        """``_run_prefill_kernel``, which leaves the rows of data-parallel padding
-        unwritten; they read as zero afterwards, whatever the allocator handed out."""
+        """``_run_prefill_kernel``, its output times v_scale where the kernel has none.
+
+        The kernel leaves the rows of data-parallel padding unwritten; they read as zero
+        afterwards, whatever the allocator handed out.
+        """
         result = self._run_prefill_kernel(**kwargs)
-        for rows in result if isinstance(result, tuple) else (result,):
+        tensors = result if isinstance(result, tuple) else (result,)
+        v_scale = kwargs["layer"].v_scale_float
+        if not self.prefill_kernel_has_v_scale and v_scale not in (None, 1.0):
+            tensors[0].mul_(v_scale)
+        for rows in tensors:
             if rows.shape[0] > self.num_prefill_tokens:
                 rows[self.num_prefill_tokens :].zero_()
         return result

@@ -1,4 +1,5 @@
-"""FP8 prefill for MLA attention backends: the hook, and its implementation.
+"""FP8 prefill for MLA attention backends: the hook, its implementation, and the base of
+the log-sum-exps that prefix chunks are merged by.
 
 **The hook.** ``DeepseekMHAForwardMixin.forward_normal_prepare`` asks the backend that
 will run the batch to take over before RoPE and the KV-cache write::
@@ -19,12 +20,19 @@ A backend that returns FP8 operands also has ``pack_prefix_chunk_kv(k_nope, k_pe
 layer) -> (k, v)``, which turns a prefix chunk, gathered from the cache and projected in
 the model's dtype, into operands of the same kind; ``layer`` is the ``RadixAttention``.
 ``q_data_type`` of the backend is that dtype.
+
+**Log-sum-exps.** SGLang merges the results of prefix chunks by natural log-sum-exps;
+trtllm-gen's ragged attention returns base-2 ones. With SGLANG_MLA_FP8_PREFILL_LSE=auto
+the backend finds the base of its kernel when it starts (``find_lse_base``), and base-2
+ones are converted before they go to a merge, whoever prepared the batch.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import math
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Callable, NamedTuple, Optional
 
 import torch
@@ -37,6 +45,7 @@ from sglang.srt.compilation.piecewise_context_manager import (
     get_forward_context,
     is_in_piecewise_cuda_graph,
 )
+from sglang.srt.distributed import get_tensor_model_parallel_rank
 from sglang.srt.environ import envs
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, MLATokenToKVPool
@@ -65,6 +74,14 @@ QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 # KV pool's own write, which is also used where the pool's buffer may not be written
 # directly.
 FUSED, COMPOSED, OFF = "fused", "composed", "off"
+
+# SGLANG_MLA_FP8_PREFILL_LSE is auto, or the base of the prefill kernel's log-sum-exps:
+# a key here, with the factor that makes them natural.
+AUTO = "auto"
+LSE_FACTORS = {"2": math.log(2), "e": 1.0}
+LSE_TOLERANCE = 0.01
+# What auto has found in this process, by backend class; None if the base is neither.
+_found_lse_bases: dict[type, Optional[str]] = {}
 
 
 @cache_once
@@ -203,14 +220,16 @@ class _BatchDecision(NamedTuple):
 class MLAFP8PrefillMixin:
     """Gives an MLA backend with FP8 prefill kernels the hook of this module.
 
-    The backend provides ``data_type``, ``q_data_type``, the model's dimensions,
-    ``forward_prefill_metadata`` and ``_run_prefill_kernel``, which is handed FP8 operands
-    of taken batches and operands in the model's dtype of declined ones. A subclass whose
-    kernel takes no FP8 sets ``prepare_prefill_qkv = None``.
+    The backend provides ``data_type``, ``q_data_type``, the model's dimensions and
+    ``scaling``, ``forward_prefill_metadata`` and ``_run_prefill_kernel``, which is handed
+    FP8 operands of taken batches and operands in the model's dtype of declined ones. A
+    subclass whose kernel takes no FP8 sets ``prepare_prefill_qkv = None``.
     """
 
     # Whether _run_prefill_kernel gives k_scale and v_scale back to its kernel.
     prefill_kernel_has_kv_scales = True
+    # "e" where the kernel is known to return natural log-sum-exps; None is trtllm-gen.
+    prefill_kernel_lse_base: Optional[str] = None
     # Rows of q that belong to requests; data-parallel padding follows them.
     num_prefill_tokens = 0
 
@@ -220,8 +239,8 @@ class MLAFP8PrefillMixin:
         Called at the end of the backend's ``__init__``.
 
         Raises:
-            ValueError: SGLANG_MLA_FP8_PREFILL has no such value, or the checkpoint has
-                scales that the prefill kernel does not take.
+            ValueError: SGLANG_MLA_FP8_PREFILL or SGLANG_MLA_FP8_PREFILL_LSE has no such
+                value, or the checkpoint has scales that the prefill kernel does not take.
         """
         self._configured_producer = envs.SGLANG_MLA_FP8_PREFILL.get().lower()
         if self._configured_producer not in (FUSED, COMPOSED, OFF):
@@ -229,6 +248,7 @@ class MLAFP8PrefillMixin:
                 f"SGLANG_MLA_FP8_PREFILL must be {FUSED}, {COMPOSED} or {OFF}, got "
                 f"{envs.SGLANG_MLA_FP8_PREFILL.get()!r}"
             )
+        self._lse_base = self._decide_lse_base()
         self._batch = _BatchDecision(self, None, None)
         self._process_reason = self._unsupported_reason()
         if self.skip_prefill:
@@ -244,6 +264,84 @@ class MLAFP8PrefillMixin:
             if torch.device(self.device).type == "cuda":
                 self._compile_prefill_kernels(producer, variants)
         _log_once(f"{type(self).__name__}: FP8 prefill preparation {outcome}")
+
+    def _decide_lse_base(self) -> Optional[str]:
+        """The base of the log-sum-exps that go to a merge: 2, e, or None if unknown."""
+        base = envs.SGLANG_MLA_FP8_PREFILL_LSE.get().lower()
+        if base not in (AUTO, *LSE_FACTORS):
+            raise ValueError(
+                f"SGLANG_MLA_FP8_PREFILL_LSE must be {AUTO}, {' or '.join(LSE_FACTORS)}, "
+                f"got {envs.SGLANG_MLA_FP8_PREFILL_LSE.get()!r}"
+            )
+        if self.prefill_kernel_lse_base is not None:
+            return self.prefill_kernel_lse_base
+        if base != AUTO:
+            return base
+        if self.skip_prefill or self.disable_chunked_prefix_cache:
+            return None  # nothing is merged
+        backend = type(self)
+        if backend not in _found_lse_bases:
+            try:
+                found = _found_lse_bases[backend] = self.find_lse_base()
+                outcome = "natural" if found == "e" else "base 2, converted for merges"
+                _log_once(f"{backend.__name__}: the log-sum-exps are {outcome}")
+            except Exception as error:
+                _found_lse_bases[backend] = None
+                if get_tensor_model_parallel_rank() == 0:
+                    logger.error(
+                        f"{backend.__name__}: the base of the log-sum-exps was not found, "
+                        "none are converted, and answers behind a cached prefix may be "
+                        f"wrong; SGLANG_MLA_FP8_PREFILL_LSE sets it: {error!r}"
+                    )
+        return _found_lse_bases[backend]
+
+    def find_lse_base(self) -> str:
+        """The base of the log-sum-exps that ``_run_prefill_kernel`` returns, 2 or e.
+
+        To queries of zero all keys are alike, whatever the scales: the log-sum-exp is
+        the logarithm of their number, in causal attention i + 1 in row i.
+
+        Raises:
+            ValueError: they are neither in every row and head.
+        """
+        n, heads = 256, self.num_local_heads
+        qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        q, k, v, out = (
+            torch.zeros(n, heads, dim, dtype=self.q_data_type, device=self.device)
+            for dim in (qk_head_dim, qk_head_dim, self.v_head_dim, self.v_head_dim)
+        )
+        cum_seq_lens = torch.tensor([0, n], dtype=torch.int32, device=self.device)
+        num_keys = torch.arange(1, n + 1, device=self.device).unsqueeze(1)
+        bases, last = set(LSE_FACTORS), []
+        for is_causal in (True, False):
+            _, lse = self._run_prefill_kernel(
+                q=q,
+                k=k,
+                v=v,
+                layer=SimpleNamespace(scaling=self.scaling),
+                batch_size=1,
+                cum_seq_lens_q=cum_seq_lens,
+                max_q_len=n,
+                seq_lens_kv=cum_seq_lens[1:],
+                cum_seq_lens_kv=cum_seq_lens,
+                max_kv_len=n,
+                is_causal=is_causal,
+                return_lse=True,
+                out_buffer=out,
+            )
+            wanted = (num_keys if is_causal else num_keys[-1:]).log()
+            bases = {
+                base
+                for base in bases
+                if ((lse * LSE_FACTORS[base] - wanted).abs() < LSE_TOLERANCE).all()
+            }
+            last.append(lse[-1, 0].item())
+        if not bases:
+            raise ValueError(
+                f"{n} equal keys have log-sum-exps like {last} (causal, not causal), "
+                f"where 2 would give {math.log2(n):.3f} and e {math.log(n):.3f}"
+            )
+        return bases.pop()
 
     def _unsupported_reason(self) -> Optional[str]:
         """Why no batch of this process can be taken, or None."""
@@ -502,9 +600,12 @@ class MLAFP8PrefillMixin:
         )
 
     def _run_padded_prefill_kernel(self, **kwargs):
-        """``_run_prefill_kernel``, which leaves the rows of data-parallel padding
-        unwritten; they read as zero afterwards, whatever the allocator handed out."""
+        """``_run_prefill_kernel``, with natural log-sum-exps. It leaves the rows of
+        data-parallel padding unwritten; they read as zero afterwards, whatever the
+        allocator handed out."""
         result = self._run_prefill_kernel(**kwargs)
+        if self._lse_base == "2" and isinstance(result, tuple):
+            result[1].mul_(LSE_FACTORS["2"])
         for rows in result if isinstance(result, tuple) else (result,):
             if rows.shape[0] > self.num_prefill_tokens:
                 rows[self.num_prefill_tokens :].zero_()

@@ -228,7 +228,7 @@ class MLAFP8PrefillMixin:
 
     # Whether _run_prefill_kernel gives k_scale and v_scale back to its kernel.
     prefill_kernel_has_kv_scales = True
-    # "e" where the kernel is known to return natural log-sum-exps; None is trtllm-gen.
+    # The base of that kernel's log-sum-exps, 2 or e; None has it found at start.
     prefill_kernel_lse_base: Optional[str] = None
     # Rows of q that belong to requests; data-parallel padding follows them.
     num_prefill_tokens = 0
@@ -266,7 +266,8 @@ class MLAFP8PrefillMixin:
         _log_once(f"{type(self).__name__}: FP8 prefill preparation {outcome}")
 
     def _decide_lse_base(self) -> Optional[str]:
-        """The base of the log-sum-exps that go to a merge: 2, e, or None if unknown."""
+        """The base of the log-sum-exps that go to a merge, 2 or e; None if it is not
+        known or nothing is merged."""
         base = envs.SGLANG_MLA_FP8_PREFILL_LSE.get().lower()
         if base not in (AUTO, *LSE_FACTORS):
             raise ValueError(
@@ -278,31 +279,33 @@ class MLAFP8PrefillMixin:
         if base != AUTO:
             return base
         if self.skip_prefill or self.disable_chunked_prefix_cache:
-            return None  # nothing is merged
+            return None
         backend = type(self)
-        if backend not in _found_lse_bases:
-            try:
-                found = _found_lse_bases[backend] = self.find_lse_base()
-                outcome = "natural" if found == "e" else "base 2, converted for merges"
-                _log_once(f"{backend.__name__}: the log-sum-exps are {outcome}")
-            except Exception as error:
-                _found_lse_bases[backend] = None
-                if get_tensor_model_parallel_rank() == 0:
-                    logger.error(
-                        f"{backend.__name__}: the base of the log-sum-exps was not found, "
-                        "none are converted, and answers behind a cached prefix may be "
-                        f"wrong; SGLANG_MLA_FP8_PREFILL_LSE sets it: {error!r}"
-                    )
-        return _found_lse_bases[backend]
+        if backend in _found_lse_bases:
+            return _found_lse_bases[backend]
+        try:
+            base = self.find_lse_base()
+            outcome = "base 2, converted for merges" if base == "2" else "natural"
+            _log_once(f"{backend.__name__}: the log-sum-exps are {outcome}")
+        except Exception as error:
+            base = None
+            if get_tensor_model_parallel_rank() == 0:
+                logger.error(
+                    f"{backend.__name__}: the base of the log-sum-exps was not found; "
+                    "none are converted, and answers behind a cached prefix may be wrong "
+                    f"unless SGLANG_MLA_FP8_PREFILL_LSE is set to it: {error!r}"
+                )
+        _found_lse_bases[backend] = base
+        return base
 
     def find_lse_base(self) -> str:
         """The base of the log-sum-exps that ``_run_prefill_kernel`` returns, 2 or e.
 
         To queries of zero all keys are alike, whatever the scales: the log-sum-exp is
-        the logarithm of their number, in causal attention i + 1 in row i.
+        the logarithm of the number of keys seen, i + 1 in row i of causal attention.
 
         Raises:
-            ValueError: they are neither in every row and head.
+            ValueError: they have neither base in every row and head, causal and not.
         """
         n, heads = 256, self.num_local_heads
         qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
@@ -335,7 +338,7 @@ class MLAFP8PrefillMixin:
                 for base in bases
                 if ((lse * LSE_FACTORS[base] - wanted).abs() < LSE_TOLERANCE).all()
             }
-            last.append(lse[-1, 0].item())
+            last.append(round(lse[-1, 0].item(), 3))
         if not bases:
             raise ValueError(
                 f"{n} equal keys have log-sum-exps like {last} (causal, not causal), "
@@ -600,9 +603,9 @@ class MLAFP8PrefillMixin:
         )
 
     def _run_padded_prefill_kernel(self, **kwargs):
-        """``_run_prefill_kernel``, with natural log-sum-exps. It leaves the rows of
-        data-parallel padding unwritten; they read as zero afterwards, whatever the
-        allocator handed out."""
+        """``_run_prefill_kernel``, with natural log-sum-exps [s, h] where base 2 was
+        found. It leaves the rows of data-parallel padding unwritten; they read as zero
+        afterwards, whatever the allocator handed out."""
         result = self._run_prefill_kernel(**kwargs)
         if self._lse_base == "2" and isinstance(result, tuple):
             result[1].mul_(LSE_FACTORS["2"])

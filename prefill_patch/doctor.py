@@ -33,6 +33,7 @@ BACKENDS = {
 }
 
 SWITCH, PRODUCERS, OFF = "SGLANG_MLA_FP8_PREFILL", ("fused", "composed"), "off"
+LSE_SWITCH, LSE_AUTO, LSE_BASES = "SGLANG_MLA_FP8_PREFILL_LSE", "auto", ("2", "e")
 
 # The distributions that the prefill path runs on.
 PACKAGES = ("torch", "triton", "flashinfer-python", "sglang-kernel", "tokenspeed-mla")
@@ -117,6 +118,8 @@ def _checks(
     imported = check_import(target)
     yield imported
     yield check_switch(os.environ)
+    if "trtllm_mla" in backends:
+        yield check_lse(os.environ, flashinfer_lse_base())
     yield from check_versions(target, backends)
     patched = applied.mark == imported.mark == OK
     yield run_selftest(selftest_command(backends, patched), timeout)
@@ -189,6 +192,32 @@ def check_switch(environ: Mapping[str, str]) -> Check:
     choices = f"{', '.join(PRODUCERS)} or {OFF}"
     text = f"{SWITCH} must be {choices}, got {value!r}: a server would not start"
     return Check(FAIL, "switch", text)
+
+
+def flashinfer_lse_base() -> str | None:
+    """The base of trtllm-gen's log-sum-exps in the source that the FlashInfer of this
+    Python compiles; None where it cannot be told."""
+    spec = importlib.util.find_spec("flashinfer")
+    if spec is None or spec.origin is None:
+        return None
+    include = Path(spec.origin).with_name("data") / "include"
+    source = include / "flashinfer/trtllm/fmha/lse.cuh"
+    return "2" if source.is_file() and "log2e" in source.read_text() else None
+
+
+def check_lse(environ: Mapping[str, str], in_source: str | None) -> Check:
+    value = environ.get(LSE_SWITCH, LSE_AUTO)
+    setting = value.lower()
+    if setting not in (LSE_AUTO, *LSE_BASES):
+        choices = f"{LSE_AUTO}, {' or '.join(LSE_BASES)}"
+        text = f"{LSE_SWITCH} must be {choices}, got {value!r}"
+        return Check(FAIL, "log-sum-exp", f"{text}: a server would not start")
+    text = f"{LSE_SWITCH} is {setting}; FlashInfer's lse.cuh writes "
+    text += "a base that is not known" if in_source is None else f"base {in_source}"
+    if setting == LSE_AUTO or in_source in (None, setting):
+        return Check(OK, "log-sum-exp", text)
+    text += ": answers behind a cached prefix would be wrong, unset it"
+    return Check(FAIL, "log-sum-exp", text)
 
 
 def check_versions(target: Target, backends: Sequence[str]) -> Iterator[Check]:

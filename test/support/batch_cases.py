@@ -717,7 +717,9 @@ INTRODUCTION = """\
 leaves the batch to SGLang's own path, whose every result is then bit-identical to the
 unpatched SGLang's, and the reason is logged once; *untouched* is the same where SGLang
 does not come to the hook at all. *Corrected*: SGLang's own path too, which is wrong for
-the batch or raises without the patch, and right with it ([scales](scales.md)).
+the batch or raises without the patch, and right with it ([scales](scales.md)). Whichever
+it is, log-sum-exps in base 2, as trtllm-gen's, are converted before SGLang merges prefix
+chunks (`SGLANG_MLA_FP8_PREFILL_LSE`); those of the kernels here are natural.
 
 Where a batch is taken, Q, K, V and the cache rows are the exact results rounded once (at
 most one element in 10,000 is the next FP8 value). Against the unpatched SGLang, Q and K

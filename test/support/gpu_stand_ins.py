@@ -92,7 +92,7 @@ KERNELS = Kernels()
 kernels.SETTINGS.listener = KERNELS.record
 kernels.SETTINGS.dtype = torch.float64
 kernels.SETTINGS.any_head_dim = True
-# As SGLang merges them; what base 2 does to a server is in the end-to-end tests.
+# As the unpatched SGLang merges them; base 2 is in test_lse_base.py.
 kernels.SETTINGS.natural_lse = True
 TOKENSPEED = tokenspeed_module()
 

@@ -166,6 +166,26 @@ def server(tmp_path):
     return Server(tmp_path / "a server", tmp_path, tmp_path, env={"A": "b"})
 
 
+@pytest.mark.parametrize("natural", [True, False])
+def test_what_each_server_of_a_pair_is_started_with(natural, tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs.Run, "model", lambda self, kind: tmp_path)
+    trees = SimpleNamespace(unpatched="before", patched="after")
+    run = pairs.Run(trees, tmp_path, quick=True)
+    switch = "SGLANG_MLA_FP8_PREFILL"
+    composed = {switch: "composed"}
+    case = pairs.Case(
+        "x", "trtllm_mla", env={"A": "b"}, patched_env=composed, natural=natural
+    )
+    lse = {"STANDIN_LSE": "natural"} if natural else {}
+    for side, site, env in (
+        ("unpatched", "before", lse),
+        ("off", "after", {**lse, switch: "off", f"{switch}_LSE": "e"}),
+        ("patched", "after", composed),
+    ):
+        server = run.server(case, side, (0,))
+        assert (server.site, server.env) == (site, {"A": "b", **env})
+
+
 class TestRecord:
     ON = "FP8 prefill preparation with the fused producer"
     DECLINED = "FP8 prefill preparation declines a batch: CUDA graph"
@@ -175,7 +195,7 @@ class TestRecord:
         return {
             "kernel": "tokenspeed_mla_prefill",
             **dict(q_dtype=fp8, k_dtype=fp8, v_dtype=fp8, contiguous=True),
-            **dict(causal=True, padded=True, count=2, tokens=10),
+            **dict(causal=True, padded=True, count=3, tokens=10),
             **changes,
         }
 
@@ -188,18 +208,19 @@ class TestRecord:
         return pairs.check_record(server, hook_on)
 
     def test_processes_add_up(self, server):
-        calls = self.call(), self.call(count=3), self.call(causal=False, padded=False)
+        calls = self.call(), self.call(count=2), self.call(causal=False, padded=False)
         totals, problems = self.check(server, *calls)
         assert problems == []
         assert totals == {
             "tokenspeed_mla_prefill, causal": [5, 5, 0, 20],
-            "tokenspeed_mla_prefill, prefix chunk": [2, 0, 0, 10],
+            "tokenspeed_mla_prefill, prefix chunk": [3, 0, 0, 10],
         }
 
     @pytest.mark.parametrize(
         "changes, more, says",
         [
             (dict(causal=None), {}, "no prefill kernel"),
+            (dict(count=2), {}, "no prefill kernel"),
             (dict(q_dtype="bfloat16"), {}, "bfloat16"),
             (dict(contiguous=False), {}, "'contiguous': False"),
             ({}, dict(nan=1), "1 NaN"),

@@ -390,6 +390,14 @@ class TestPair:
         assert row["off"]["differing"] > 100
         assert len(row["problems"]) == 1 and "hook off" in row["problems"][0]
 
+    def test_base_2_merged_as_natural_must_be_further_off(self, tmp_path, monkeypatch):
+        case = pairs.Case("base-2 LSE", "trtllm_mla", natural=False)
+        (problem,) = run_pair(tmp_path, monkeypatch, case)["problems"]
+        assert "no nearer to transformers" in problem
+        wrong = {"noise": 0.06}
+        row = run_pair(tmp_path, monkeypatch, case, unpatched=wrong)
+        assert row["problems"] == []
+
     @pytest.mark.parametrize(
         "fault, says",
         [

@@ -58,9 +58,10 @@ together), which may not reach beyond {1 + MARGIN:.2f}, of a
 single scenario beyond {1 + SCENARIO_MARGIN:.2f}. Prompts are random ids: 1 to
 16,000 tokens one at a time, 64 of up to 4,096 tokens at once, and suffixes of 2 to 2,000
 tokens behind cached prefixes of 64 to 12,288 in one to many chunks (`--quick`: up to
-2,049, and prefixes up to 2,048). With trtllm_mla the stand-in returns natural
-log-sum-exps, as SGLang merges them, except where the table says base-2, which is what
-trtllm-gen returns and which makes merged prefix chunks wrong, patched or not.
+2,049, and prefixes up to 2,048). With trtllm_mla the stand-in returns base-2
+log-sum-exps to patched servers, as trtllm-gen does, and natural ones to unpatched servers,
+as SGLang merges them; where the table says base-2, it returns these to both, and the
+unpatched server merges prefix chunks with wrong weights.
 """
 
 LOAD = """
@@ -136,9 +137,10 @@ def compare(rows: Sequence[Row]) -> str:
     for row in rows:
         if "off" in row:
             text += (
-                "\n{pair}, {backend}: with SGLANG_MLA_FP8_PREFILL=off, {differing:,} of "
-                "{values:,} values ({prompts} prompts, one at a time) differ in any bit "
-                "from the unpatched server's.\n"
+                "\n{pair}, {backend}: with SGLANG_MLA_FP8_PREFILL=off and "
+                "SGLANG_MLA_FP8_PREFILL_LSE=e, {differing:,} of {values:,} values "
+                "({prompts} prompts, one at a time) differ in any bit from the unpatched "
+                "server's.\n"
             ).format(**row, **row["off"])
     totals: dict[str, list[int]] = {}
     for row in rows:

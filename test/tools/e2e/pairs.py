@@ -20,9 +20,11 @@ from mla_standin.models import VOCAB, make_model
 
 TOKENSPEED, TRTLLM, FA3 = "tokenspeed_mla", "trtllm_mla", "fa3"
 SIDES = ("unpatched", "patched")
-# SGLang merges prefix chunks by natural log-sum-exps, trtllm-gen returns base-2 ones;
-# natural ones here let errors show that wrong weights would hide.
+# trtllm-gen returns base-2 log-sum-exps, which the patch converts and SGLang merges as
+# natural ones; natural ones, to the unpatched server, let errors show that wrong weights
+# would hide.
 NATURAL = {"STANDIN_LSE": "natural"}
+OFF = {"SGLANG_MLA_FP8_PREFILL": "off", "SGLANG_MLA_FP8_PREFILL_LSE": "e"}
 SMALL_PREFIX_CHUNKS = {"SGLANG_MAX_KV_CHUNK_CAPACITY": "8192"}
 # Servers that run side by side, each with three processes and a few GB of memory.
 SIDE_BY_SIDE = max(2, 3 * (os.cpu_count() or 1) // 4)
@@ -39,10 +41,12 @@ class Case:
     more: tuple[str, ...] = ()
     model: str = "deepseek_v3"
     unpatched_model: str = ""  # the same weights, where SGLang refuses the model
-    env: Mapping[str, str] = field(default_factory=lambda: NATURAL)
+    env: Mapping[str, str] = field(default_factory=dict)
     patched_env: Mapping[str, str] = field(default_factory=dict)
     scenarios: tuple[str, ...] = ("alone", "at once", "behind prefixes")
-    # A third server, patched but with the hook off, must equal the unpatched one.
+    # Whether the unpatched server gets natural log-sum-exps; without, it is to be worse.
+    natural: bool = True
+    # A third server, patched but switched off, must equal the unpatched one.
     off: bool = False
     # Data-parallel ranks have a prefix cache each.
     hits: bool = True
@@ -67,21 +71,27 @@ class Case:
 
 
 def one_gpu_cases() -> list[Case]:
-    some = {**NATURAL, **SMALL_PREFIX_CHUNKS}
     plain = [
         case
         for b in (TOKENSPEED, TRTLLM)
         for case in (
-            Case("chunks of 2048", b, env=some, off=True, quick=True),
+            Case("chunks of 2048", b, env=SMALL_PREFIX_CHUNKS, off=True, quick=True),
             Case("not chunked", b, chunk=-1),
         )
     ]
-    base_2 = "chunks of 2048, base-2 LSE"
+    base_2 = Case(
+        "chunks of 2048, base-2 LSE",
+        TRTLLM,
+        env=SMALL_PREFIX_CHUNKS,
+        scenarios=("behind prefixes",),
+        natural=False,
+        quick=True,
+    )
     composed = {"SGLANG_MLA_FP8_PREFILL": "composed"}
     return [
         *plain,
-        Case("chunks of 512", TOKENSPEED, chunk=512, env=some),
-        Case(base_2, TRTLLM, env=SMALL_PREFIX_CHUNKS, scenarios=("behind prefixes",)),
+        Case("chunks of 512", TOKENSPEED, chunk=512, env=SMALL_PREFIX_CHUNKS),
+        base_2,
         Case("decode by tokenspeed_mla", TRTLLM, chunk=512, decode=TOKENSPEED),
         Case("decode by trtllm_mla", TOKENSPEED, decode=TRTLLM),
         Case("composed producer", TRTLLM, patched_env=composed),
@@ -123,7 +133,7 @@ def two_gpu_cases() -> list[Case]:
     # Tokens are scattered over the ranks between MLPs, and so padded to an even number.
     by_rank = (*tp, "--moe-dense-tp-size", "1")
     # References and other servers take unequal parts of the two GPUs.
-    env = {**NATURAL, "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
+    env = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
     return [
         case
         for b in (TOKENSPEED, TRTLLM)
@@ -153,14 +163,16 @@ class Run:
             return make_model(kind, self.folder / "models" / kind)
 
     def server(self, case: Case, side: str, gpus: Sequence[int]) -> Server:
-        """`side` is "unpatched", "off" (patched, with the hook off) or patched."""
-        site, env = self.trees.patched, {**case.env, **case.patched_env}
+        """`side` is "unpatched", "off" (patched, but switched off) or "patched"."""
+        site = self.trees.unpatched if side == "unpatched" else self.trees.patched
         model = case.model
         if side == "unpatched":
-            site, env = self.trees.unpatched, case.env
             model = case.unpatched_model or model
-        elif side == "off":
-            env = {**case.env, "SGLANG_MLA_FP8_PREFILL": "off"}
+        env = {**case.env, **(case.patched_env if side == "patched" else {})}
+        if case.natural and side != "patched":
+            env |= NATURAL
+        if side == "off":
+            env |= OFF
         name = f"{case.name}-{case.backend}-{side}".replace(", ", "-").replace(" ", "-")
         folder = self.folder / "servers" / name
         arguments = case.arguments()
@@ -215,7 +227,8 @@ def check_record(
         padded, keyless = call.get("padded", 0), call.get("requests_without_keys", 0)
         more = [count, count * padded, count * keyless, call["tokens"]]
         totals[name] = [a + b for a, b in zip(totals.get(name, [0] * 4), more)]
-    if not any("causal" in name for name in totals):
+    # The base of the log-sum-exps is found by a call in each of one or two processes.
+    if not any("causal" in name and calls > 2 for name, (calls, *_) in totals.items()):
         problems.append("no prefill kernel was called")
     if record["nan"]:
         problems.append(f"{record['nan']} NaN went into the kernels or came out")
@@ -266,6 +279,8 @@ def run_pair(run: Run, case: Case, gpus: Sequence[int]) -> dict[str, Any]:
             continue
         row[scenario] = compare.ratio(found)
         problems += compare.problems_of(where, scenario, row[scenario])
+    if not case.natural and not row["all"]["ratio"][2] < 1:
+        problems.append(f"{where}: no nearer to transformers than with wrong weights")
     if case.off:
         off, unpatched = (answers[side]["alone"] for side in ("off", "unpatched"))
         row["off"] = compare.bit_equal(off, unpatched)

@@ -1,4 +1,5 @@
-"""FP8 prefill for MLA attention backends: the hook, and its implementation.
+"""FP8 prefill for MLA attention backends: the hook, its implementation, and the base of
+the log-sum-exps that prefix chunks are merged by.
 
 **The hook.** ``DeepseekMHAForwardMixin.forward_normal_prepare`` asks the backend that
 will run the batch to take over before RoPE and the KV-cache write::
@@ -19,12 +20,19 @@ A backend that returns FP8 operands also has ``pack_prefix_chunk_kv(k_nope, k_pe
 layer) -> (k, v)``, which turns a prefix chunk, gathered from the cache and projected in
 the model's dtype, into operands of the same kind; ``layer`` is the ``RadixAttention``.
 ``q_data_type`` of the backend is that dtype.
+
+**Log-sum-exps.** SGLang merges the results of prefix chunks by natural log-sum-exps;
+trtllm-gen's ragged attention returns base-2 ones. With SGLANG_MLA_FP8_PREFILL_LSE=auto
+the backend finds the base of its kernel when it starts (``find_lse_base``), and base-2
+ones are converted before they go to a merge, whoever prepared the batch.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import math
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Callable, NamedTuple, Optional
 
 import torch
@@ -37,6 +45,7 @@ from sglang.srt.compilation.piecewise_context_manager import (
     get_forward_context,
     is_in_piecewise_cuda_graph,
 )
+from sglang.srt.distributed import get_tensor_model_parallel_rank
 from sglang.srt.environ import envs
 from sglang.srt.layers.dp_attention import get_attention_tp_size
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
@@ -69,6 +78,14 @@ FUSED, COMPOSED, OFF = "fused", "composed", "off"
 
 # Names, in ServerArgs, of the backends that have the hook.
 BACKENDS = ("trtllm_mla", "tokenspeed_mla")
+
+# SGLANG_MLA_FP8_PREFILL_LSE is auto, or the base of the prefill kernel's log-sum-exps:
+# a key here, with the factor that makes them natural.
+AUTO = "auto"
+LSE_FACTORS = {"2": math.log(2), "e": 1.0}
+LSE_TOLERANCE = 0.01
+# What auto has found in this process, by backend class; None if the base is neither.
+_found_lse_bases: dict[type, Optional[str]] = {}
 
 
 @cache_once
@@ -219,10 +236,10 @@ class _BatchDecision(NamedTuple):
 class MLAFP8PrefillMixin:
     """Gives an MLA backend with FP8 prefill kernels the hook of this module.
 
-    The backend provides ``data_type``, ``q_data_type``, the model's dimensions,
-    ``forward_prefill_metadata`` and ``_run_prefill_kernel``, which is handed FP8 operands
-    of taken batches and operands in the model's dtype of declined ones. A subclass whose
-    kernel takes no FP8 sets ``prepare_prefill_qkv = None``.
+    The backend provides ``data_type``, ``q_data_type``, the model's dimensions and
+    ``scaling``, ``forward_prefill_metadata`` and ``_run_prefill_kernel``, which is handed
+    FP8 operands of taken batches and operands in the model's dtype of declined ones. A
+    subclass whose kernel takes no FP8 sets ``prepare_prefill_qkv = None``.
     """
 
     # Whether the kernel attends to prefix and new tokens in one call (mha_one_shot).
@@ -232,6 +249,8 @@ class MLAFP8PrefillMixin:
     # False: as in SGLang, decode multiplies by k_scale though rows of the KV cache are not
     # divided by it, and tokenspeed_mla's prefill asserts that both scales are 1.
     corrects_kv_scales = False
+    # The base of that kernel's log-sum-exps, 2 or e; None has it found at start.
+    prefill_kernel_lse_base: Optional[str] = None
     # Rows of q that belong to requests; data-parallel padding follows them.
     num_prefill_tokens = 0
 
@@ -241,7 +260,8 @@ class MLAFP8PrefillMixin:
         Called at the end of the backend's ``__init__``.
 
         Raises:
-            ValueError: SGLANG_MLA_FP8_PREFILL has no such value.
+            ValueError: SGLANG_MLA_FP8_PREFILL or SGLANG_MLA_FP8_PREFILL_LSE has no such
+                value.
         """
         self._configured_producer = envs.SGLANG_MLA_FP8_PREFILL.get().lower()
         if self._configured_producer not in (FUSED, COMPOSED, OFF):
@@ -250,6 +270,7 @@ class MLAFP8PrefillMixin:
                 f"{envs.SGLANG_MLA_FP8_PREFILL.get()!r}"
             )
         self.corrects_kv_scales = self._configured_producer != OFF
+        self._lse_base = self._decide_lse_base()
         self._batch = _BatchDecision(self, None, None)
         self._process_reason = self._unsupported_reason()
         if self.skip_prefill:
@@ -293,6 +314,87 @@ class MLAFP8PrefillMixin:
             "Prefill CUDA graphs are turned off for FP8 prefill preparation; "
             "--enforce-piecewise-cuda-graph keeps them"
         )
+
+    def _decide_lse_base(self) -> Optional[str]:
+        """The base of the log-sum-exps that go to a merge, 2 or e; None if it is not
+        known or nothing is merged."""
+        base = envs.SGLANG_MLA_FP8_PREFILL_LSE.get().lower()
+        if base not in (AUTO, *LSE_FACTORS):
+            raise ValueError(
+                f"SGLANG_MLA_FP8_PREFILL_LSE must be {AUTO}, {' or '.join(LSE_FACTORS)}, "
+                f"got {envs.SGLANG_MLA_FP8_PREFILL_LSE.get()!r}"
+            )
+        if self.prefill_kernel_lse_base is not None:
+            return self.prefill_kernel_lse_base
+        if base != AUTO:
+            return base
+        if self.skip_prefill or self.disable_chunked_prefix_cache:
+            return None
+        backend = type(self)
+        if backend in _found_lse_bases:
+            return _found_lse_bases[backend]
+        try:
+            base = self.find_lse_base()
+            outcome = "base 2, converted for merges" if base == "2" else "natural"
+            _log_once(f"{backend.__name__}: the log-sum-exps are {outcome}")
+        except Exception as error:
+            base = None
+            if get_tensor_model_parallel_rank() == 0:
+                logger.error(
+                    f"{backend.__name__}: the base of the log-sum-exps was not found; "
+                    "none are converted, and answers behind a cached prefix may be wrong "
+                    f"unless SGLANG_MLA_FP8_PREFILL_LSE is set to it: {error!r}"
+                )
+        _found_lse_bases[backend] = base
+        return base
+
+    def find_lse_base(self) -> str:
+        """The base of the log-sum-exps that ``_run_prefill_kernel`` returns, 2 or e.
+
+        To queries of zero all keys are alike, whatever the scales: the log-sum-exp is
+        the logarithm of the number of keys seen, i + 1 in row i of causal attention.
+
+        Raises:
+            ValueError: they have neither base in every row and head, causal and not.
+        """
+        n, heads = 256, self.num_local_heads
+        qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        q, k, v, out = (
+            torch.zeros(n, heads, dim, dtype=self.q_data_type, device=self.device)
+            for dim in (qk_head_dim, qk_head_dim, self.v_head_dim, self.v_head_dim)
+        )
+        cum_seq_lens = torch.tensor([0, n], dtype=torch.int32, device=self.device)
+        num_keys = torch.arange(1, n + 1, device=self.device).unsqueeze(1)
+        bases, last = set(LSE_FACTORS), []
+        for is_causal in (True, False):
+            _, lse = self._run_prefill_kernel(
+                q=q,
+                k=k,
+                v=v,
+                layer=SimpleNamespace(scaling=self.scaling),
+                batch_size=1,
+                cum_seq_lens_q=cum_seq_lens,
+                max_q_len=n,
+                seq_lens_kv=cum_seq_lens[1:],
+                cum_seq_lens_kv=cum_seq_lens,
+                max_kv_len=n,
+                is_causal=is_causal,
+                return_lse=True,
+                out_buffer=out,
+            )
+            wanted = (num_keys if is_causal else num_keys[-1:]).log()
+            bases = {
+                base
+                for base in bases
+                if ((lse * LSE_FACTORS[base] - wanted).abs() < LSE_TOLERANCE).all()
+            }
+            last.append(round(lse[-1, 0].item(), 3))
+        if not bases:
+            raise ValueError(
+                f"{n} equal keys have log-sum-exps like {last} (causal, not causal), "
+                f"where 2 would give {math.log2(n):.3f} and e {math.log(n):.3f}"
+            )
+        return bases.pop()
 
     def _unsupported_reason(self) -> Optional[str]:
         """Why no batch of this process can be taken, or None."""
@@ -570,17 +672,19 @@ class MLAFP8PrefillMixin:
             k_nope, k_pe, v, *self._prefill_scale_invs(layer)
         )
 
-    def _run_padded_prefill_kernel(self, **kwargs):
-        """``_run_prefill_kernel``, its output times v_scale where the kernel has none.
+    def _run_padded_prefill_kernel(self, *, layer: RadixAttention, **kwargs):
+        """``_run_prefill_kernel``, with natural log-sum-exps [s, h] where base 2 was
+        found, and its output times v_scale where the kernel has none.
 
         The kernel leaves the rows of data-parallel padding unwritten; they read as zero
         afterwards, whatever the allocator handed out.
         """
-        result = self._run_prefill_kernel(**kwargs)
+        result = self._run_prefill_kernel(layer=layer, **kwargs)
         tensors = result if isinstance(result, tuple) else (result,)
-        v_scale = kwargs["layer"].v_scale_float
-        if not self.prefill_kernel_has_v_scale and v_scale not in (None, 1.0):
-            tensors[0].mul_(v_scale)
+        if not self.prefill_kernel_has_v_scale and layer.v_scale_float not in (None, 1):
+            tensors[0].mul_(layer.v_scale_float)
+        if self._lse_base == "2" and len(tensors) > 1:
+            tensors[1].mul_(LSE_FACTORS["2"])
         for rows in tensors:
             if rows.shape[0] > self.num_prefill_tokens:
                 rows[self.num_prefill_tokens :].zero_()
@@ -595,6 +699,7 @@ class FA3FP8PrefillMixin(MLAFP8PrefillMixin):
     """
 
     attends_to_prefix_in_one_shot = True
+    prefill_kernel_lse_base = "e"
 
     def init_fp8_prefill(self, model_runner: ModelRunner) -> None:
         if not self.use_mla or self.fa_impl_ver != 3:

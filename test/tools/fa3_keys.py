@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+TEST = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TEST / "support"), str(TEST), str(TEST.parent)]
 
 FP8 = torch.float8_e4m3fn
 QK, V = 192, 128

@@ -34,7 +34,7 @@ from sglang_cpu import HAS_GPU
 
 @dataclass(frozen=True)
 class Outcome:
-    """`kind` is taken, declined, untouched, refused or not applicable."""
+    """`kind` is taken, declined, untouched, refused or n/a."""
 
     kind: str
     reason: str = ""
@@ -59,7 +59,7 @@ def refused(reason: str) -> Outcome:
 
 
 def not_applicable(reason: str) -> Outcome:
-    return Outcome("not applicable", reason)
+    return Outcome("n/a", reason)
 
 
 TAKEN = Outcome("taken")
@@ -74,6 +74,7 @@ class Case:
     scenario: Scenario
     tokenspeed_mla: Outcome
     trtllm_mla: Outcome
+    fa3: Outcome
     producer: str
     # Whether the patched SGLang finds FlashInfer's RoPE; None: as the machine has it.
     flashinfer: Optional[bool]
@@ -84,7 +85,7 @@ class Case:
     def test(self, backend: str) -> Optional[str]:
         """The function in test_every_batch.py that runs it on this backend."""
         kind = self.outcome(backend).kind
-        return None if kind == "not applicable" else f"test_{kind}"
+        return None if kind == "n/a" else f"test_{kind}"
 
 
 def case(
@@ -93,17 +94,19 @@ def case(
     outcome: Outcome = TAKEN,
     *,
     tokenspeed_mla: Optional[Outcome] = None,
+    fa3: Optional[Outcome] = None,
     producer: str = "fused",
     flashinfer: Optional[bool] = None,
     **scenario: Any,
 ) -> Case:
-    """A case with one outcome, or another on tokenspeed_mla."""
+    """A case with one outcome, or another on tokenspeed_mla or fa3."""
     return Case(
         name,
         title,
         Scenario(**scenario),
         tokenspeed_mla or outcome,
         outcome,
+        fa3 or outcome,
         producer,
         flashinfer,
     )
@@ -114,10 +117,12 @@ ONE_CHUNK = dict(extend_lens=[3, 2], prefix_lens=[4, 0], chunks=1)
 # FlashInfer's kernels, on a GPU, are for models' dimensions.
 DEEPSEEK = reference.MODELS["deepseek-v3"]._replace(heads=4)
 COMPOSED = {"SGLANG_MLA_FP8_PREFILL": "composed"}
-PREFIX_BY_MHA = {"SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD": "1"}
 
 BF16_ONLY = not_applicable("its kernel gives BF16, whatever the model is")
 FP8_ONLY = not_applicable("starts with an fp8_e4m3 cache only")
+NO_SUCH_TYPE = not_applicable("its kernel takes no such type")
+FA3_ONLY = not_applicable("fa3's own")
+NO_SCALES = not_applicable("its kernel takes no scales")
 MLA_PATH = untouched("MLA path")
 NO_HOOK = untouched("the prefill backend has no hook")
 OWN_OPERANDS = untouched("BF16 operands are quantized at the kernel call")
@@ -310,18 +315,64 @@ CASES = [
         "mha-one-shot",
         "MHA_ONE_SHOT of another backend, over a prefix",
         NO_HOOK,
-        env=dict(prefill_attention_backend="fa3"),
+        env=dict(prefill_attention_backend="flashinfer"),
         batch=ONE_CHUNK,
         how=runs.other_prefill_backend,
-        environ=PREFIX_BY_MHA,
     ),
     case(
         "one-shot-prefix",
         "MHA_ONE_SHOT chosen for this backend, over a prefix",
         declined("one-shot attention over a prefix"),
+        fa3=TAKEN,
         env=dict(prefill_attention_backend="fa3"),
         batch=dict(extend_lens=[5, 3], prefix_lens=[4, 0]),
-        environ=PREFIX_BY_MHA,
+    ),
+    case(
+        "one-shot-prefix-padding",
+        "the same with data-parallel padding, in memory full of NaN",
+        FA3_ONLY,
+        fa3=TAKEN,
+        batch=dict(extend_lens=[5, 1, 3], prefix_lens=[12, 0, 7], pad_rows=4),
+        how=runs.in_nan_memory,
+    ),
+    case(
+        "prefix-below-threshold",
+        "a prefix below SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD (8192 tokens)",
+        FA3_ONLY,
+        fa3=MLA_PATH,
+        env=dict(dims=DEEPSEEK, modify_layer=runs.absorb_weights),
+        batch=CHUNKS,
+        environ={"SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD": "8192"},
+        how=runs.prepare_only,
+    ),
+    case(
+        "deterministic",
+        "deterministic inference",
+        FA3_ONLY,
+        fa3=MLA_PATH,
+        env=dict(
+            dims=DEEPSEEK,
+            enable_deterministic_inference=True,
+            modify_layer=runs.absorb_weights,
+        ),
+        how=runs.prepare_only,
+    ),
+    case(
+        "context-parallel",
+        "attention context parallelism",
+        FA3_ONLY,
+        fa3=declined("context parallelism"),
+        batch=CHUNKS,
+        change=runs.context_parallel,
+    ),
+    case(
+        "fa4",
+        "FlashAttention-4, run by the same class",
+        FA3_ONLY,
+        fa3=untouched("FlashAttention-4 takes no FP8"),
+        env=dict(prefill_attention_backend="fa4"),
+        batch=CHUNKS,
+        change=runs.flash_attention_4,
     ),
     case(
         "one-shot",
@@ -340,7 +391,7 @@ CASES = [
         "own-prepare-scales",
         "the same with k_scale and v_scale",
         OWN_OPERANDS,
-        tokenspeed_mla=not_applicable("its kernel takes no scales"),
+        tokenspeed_mla=NO_SCALES,
         env=dict(
             q_lora=None, prefill_attention_backend="fa3", k_scale=0.3, v_scale=1.7
         ),
@@ -384,6 +435,14 @@ CASES = [
         declined("head dimensions that are no multiples of 16"),
         env=dict(dims=TINY._replace(nope=24)),
     ),
+    case(
+        "head-dim-272",
+        "Q and K of more than 256",
+        FA3_ONLY,
+        fa3=declined("no FP8 kernel for head dimension 272"),
+        env=dict(dims=TINY._replace(nope=208)),
+        batch=CHUNKS,
+    ),
     *(
         case(
             f"heads-{heads}",
@@ -421,6 +480,7 @@ CASES = [
         "fp16",
         "an FP16 model",
         tokenspeed_mla=BF16_ONLY,
+        fa3=BF16_ONLY,
         env=dict(dtype=torch.float16),
         batch=CHUNKS,
     ),
@@ -429,6 +489,7 @@ CASES = [
         "an FP32 model",
         declined("the model is torch.float32, not bfloat16 or float16"),
         tokenspeed_mla=BF16_ONLY,
+        fa3=BF16_ONLY,
         env=dict(dtype=torch.float32),
     ),
     case(
@@ -491,6 +552,7 @@ CASES = [
             title,
             declined(f"the KV cache is {cache}, not torch.float8_e4m3fn"),
             tokenspeed_mla=FP8_ONLY,
+            fa3=NO_SUCH_TYPE if name in ("e5m2", "fp4") else None,
             batch=CHUNKS,
             **scenario,
         )
@@ -520,6 +582,14 @@ CASES = [
                 dict(env=dict(cache_dtype=torch.bfloat16), change=runs.fp4_backend),
             ),
         )
+    ),
+    case(
+        "auto-fp8-cache",
+        "an FP8 cache that the checkpoint chose (auto)",
+        FA3_ONLY,
+        fa3=declined("--kv-cache-dtype auto keeps attention in the model's dtype"),
+        env=dict(kv_cache_dtype="auto"),
+        batch=CHUNKS,
     ),
     # Values
     case(
@@ -555,11 +625,21 @@ CASES = [
     case(
         "composed-scales",
         "the same with k_scale and v_scale",
-        tokenspeed_mla=not_applicable("its kernel takes no scales"),
+        tokenspeed_mla=NO_SCALES,
         env=dict(dims=DEEPSEEK, is_neox=True, k_scale=0.3, v_scale=1.7),
         environ=COMPOSED,
         batch=CHUNKS,
         producer="composed",
+        flashinfer=True,
+    ),
+    case(
+        "composed-one-shot-prefix",
+        "the same over a prefix in one shot",
+        FA3_ONLY,
+        fa3=declined("one-shot attention over a prefix with the composed producer"),
+        env=dict(dims=DEEPSEEK),
+        environ=COMPOSED,
+        batch=dict(extend_lens=[5, 3], prefix_lens=[4, 0]),
         flashinfer=True,
     ),
     case(
@@ -585,6 +665,7 @@ FORCED = [
         "forced-fallback",
         "FlashInfer's own prefill planned for the batch",
         declined("FlashInfer's own prefill runs the batch"),
+        fa3=not_applicable("it has no such fallback"),
         env=dict(dims=DEEPSEEK, disable_chunked_prefix_cache=True),
         batch=CHUNKS,
         how=runs.forced,
@@ -678,13 +759,20 @@ Activations beyond ±448, and infinity, become ±448, where the unpatched SGLang
 torch's cast makes of them: NaN beyond ±464 before torch 2.13, ±448 since. NaN stays NaN.
 
 A case's test is `test/unit/test_every_batch.py::TEST[CASE-BACKEND]`, which runs it on
-SGLang's own classes. The attention kernels, which need SM100, are replaced by references
-that take any dimensions: where the real ones do not (trtllm-gen takes Q and K of 192 with
-V of 128, or 128 throughout; tokenspeed_mla 192 with 128), as for GLM's, a case shows the
-preparation alone.
+SGLang's own classes. The attention kernels, which need SM100, or SM90 for fa3, are
+replaced by references that take any dimensions: where the real ones do not (trtllm-gen
+takes Q and K of 192 with V of 128, or 128 throughout; tokenspeed_mla 192 with 128), as for
+GLM's, a case shows the preparation alone. On a Hopper GPU fa3 runs its own kernel for
+DeepSeek's dimensions.
 
-| case | | tokenspeed_mla | trtllm_mla | test |
-|---|---|---|---|---|
+On fa3, SGLang attends to prefixes of 8192 tokens and more in FP8, up to 131,072 tokens a
+batch in one call with the new ones (one-shot), beyond that in chunks. A one-shot K and V
+are projected from the cache's FP8 rows, those of the new tokens too, as SGLang does it;
+here prefixes are short, and that threshold 1. `k_scale` and `v_scale` have no part in fa3's
+attention, and it leaves the rows of padding unwritten, patched or not.
+
+| case | | tokenspeed_mla | trtllm_mla | fa3 | test |
+|---|---|---|---|---|---|
 """
 
 

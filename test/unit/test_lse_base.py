@@ -76,9 +76,10 @@ def error(chosen: Scenario) -> float:
     """How far the layer's attention is from float64 attention over all keys, of the
     requests behind a prefix or of the other."""
     env, batch = chosen.build()
-    out = chosen.how(env, batch).attn_output
+    result = chosen.how(env, batch)
+    out = result.attn_output
     assert (out[batch.tokens :] == 0).all()
-    wanted = harness.expected_attention(env, batch)
+    wanted = harness.expected_attention(env, batch, result)
     parts = [sum(batch.extend_lens[:2]), batch.extend_lens[2]]
     pairs = zip(out[: batch.tokens].split(parts), wanted.split(parts))
     return max(harness.relative_error(*pair) for pair in pairs)

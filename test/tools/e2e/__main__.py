@@ -36,6 +36,7 @@ from e2e.pairs import (
     TRTLLM,
     Case,
     Run,
+    base_2_case,
     check_record,
     fa3_case,
     fa3_cases,
@@ -47,7 +48,10 @@ from e2e.pairs import (
 from e2e.servers import Server, kill_all, leave_no_server, start_all
 from mla_standin.models import VOCAB
 
-SECTIONS = ("compare", "parallel", "load", "profile", "graphs", "fa3", "fa3 time")
+SECTIONS = (
+    *("compare", "lse", "parallel", "load", "profile", "graphs"),
+    *("fa3", "fa3 time"),
+)
 # A job makes rows of results; their "problems" are what is not ok.
 Job = Callable[[], Iterable[dict[str, Any]]]
 
@@ -178,6 +182,8 @@ def run_sections(
     ]
     job = functools.partial(run_load, run, FA3, gpus[0], kill=True)
     together.append(("fa3", "load, fa3", job))
+    case = base_2_case()
+    together.append(("lse", f"{case.name}, {case.backend}", pair(case, gpus[:1])))
     for case in fa3_cases():
         if case.quick or not run.quick:
             together.append(("fa3", f"{case.name}, fa3", pair(case, gpus[:1])))

@@ -60,8 +60,12 @@ single scenario beyond {1 + SCENARIO_MARGIN:.2f}. Prompts are random ids: 1 to
 tokens behind cached prefixes of 64 to 12,288 in one to many chunks (`--quick`: up to
 2,049, and prefixes up to 2,048). With trtllm_mla the stand-in returns base-2
 log-sum-exps to patched servers, as trtllm-gen does, and natural ones to unpatched servers,
-as SGLang merges them; where the table says base-2, it returns these to both, and the
-unpatched server merges prefix chunks with wrong weights.
+as SGLang merges them.
+"""
+
+LSE = """
+trtllm-gen returns base-2 log-sum-exps. Here the stand-in returns them to both servers: the
+unpatched one merges prefix chunks with wrong weights, the patched one converts them first.
 """
 
 LOAD = """
@@ -345,6 +349,7 @@ def fa3_time(rows: Sequence[Row]) -> str:
 
 SECTIONS = {
     "compare": ("One GPU: answers and what the kernels were handed", COMPARE, compare),
+    "lse": ("Base-2 log-sum-exps", LSE, compare),
     "parallel": ("Two GPUs", "", compare),
     "load": ("Load and a kill", LOAD, load),
     "profile": ("Launches and time", PROFILE, profile),

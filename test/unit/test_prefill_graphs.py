@@ -7,11 +7,12 @@ import batch_runs
 import mla_harness as harness
 import pytest
 import torch
-from batch_cases import BACKENDS, DEEPSEEK
+from batch_cases import DEEPSEEK
 from mla_harness import TINY, make_env
 from transformers import DeepseekV3Config
 
 from sglang.srt import server_args as server_args_module
+from sglang.srt.layers.attention.mla_fp8_prefill import GRAPHLESS_BACKENDS
 from sglang.srt.model_executor import model_runner as model_runner_module
 
 SWITCH = "SGLANG_MLA_FP8_PREFILL"
@@ -26,7 +27,7 @@ def start(backend="trtllm_mla", dims=TINY, **env):
     return make_env(dims, backend, disable_piecewise_cuda_graph=False, **env)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", GRAPHLESS_BACKENDS)
 @pytest.mark.parametrize("breakable", [False, True])
 def test_turned_off_with_one_line_and_nothing_else(backend, breakable, log):
     settings = dict(page_size=64, kv_cache_dtype="fp8_e4m3")

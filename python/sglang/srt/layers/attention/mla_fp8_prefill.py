@@ -76,8 +76,8 @@ QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 # directly.
 FUSED, COMPOSED, OFF = "fused", "composed", "off"
 
-# Names, in ServerArgs, of the backends that have the hook.
-BACKENDS = ("trtllm_mla", "tokenspeed_mla")
+# Backends, as ServerArgs has them, that the hook turns prefill CUDA graphs off for.
+GRAPHLESS_BACKENDS = ("trtllm_mla", "tokenspeed_mla")
 
 # SGLANG_MLA_FP8_PREFILL_LSE is auto, or the base of the prefill kernel's log-sum-exps:
 # a key here, with the factor that makes them natural.
@@ -302,7 +302,7 @@ class MLAFP8PrefillMixin:
         if (
             server_args.disable_piecewise_cuda_graph
             or server_args.enforce_piecewise_cuda_graph
-            or server_args.get_attention_backends()[0] not in BACKENDS
+            or server_args.get_attention_backends()[0] not in GRAPHLESS_BACKENDS
             or not any(
                 hasattr(module, "forward_normal_prepare")
                 for module in model_runner.model.modules()

@@ -10,7 +10,6 @@ import argparse
 import importlib.metadata
 import importlib.util
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -18,19 +17,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from prefill_patch.patch import Inspection, Patch, State, inspect
+from prefill_patch.patch import Inspection, State, inspect
+from prefill_patch.releases import BACKENDS, RELEASES, stated
 from prefill_patch.target import CHECKOUT, Target
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
-
-RELEASES = ("0.5.12", "0.5.12.post1")
-
-# The attention backends with the hook, and their classes.
-BACKENDS = {
-    "trtllm_mla": "TRTLLMMLABackend",
-    "tokenspeed_mla": "TokenspeedMLABackend",
-}
 
 SWITCH, PRODUCERS, OFF = "SGLANG_MLA_FP8_PREFILL", ("fused", "composed"), "off"
 
@@ -90,11 +82,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace, patch: Patch, target: Target) -> int:
+def run(args: argparse.Namespace, source: Path, target: Target) -> int:
     """Print a line a check and the verdict; 0 only if every check is OK."""
     print(f"checking {target.root / target.package} for {sys.executable}", flush=True)
-    backends = [args.backend] if args.backend else list(BACKENDS)
-    worst = print_all(_checks(patch, target, backends, args.timeout))
+    found = inspect(source, target)
+    backends = [args.backend] if args.backend else list(found.release.backends)
+    worst = print_all(_checks(found, backends, args.timeout))
     if worst == FAIL:
         print("verdict: not ready, see FAIL above")
     elif worst == UNKNOWN:
@@ -108,15 +101,16 @@ def run(args: argparse.Namespace, patch: Patch, target: Target) -> int:
 
 
 def _checks(
-    patch: Patch, target: Target, backends: Sequence[str], timeout: float
+    found: Inspection, backends: Sequence[str], timeout: float
 ) -> Iterator[Check]:
-    yield check_release(target.version)
-    applied = check_patch(inspect(patch, target))
+    yield check_release(found)
+    yield from check_backends(found, backends)
+    applied = check_patch(found)
     yield applied
-    imported = check_import(target)
+    imported = check_import(found.target)
     yield imported
     yield check_switch(os.environ)
-    yield from check_versions(target, backends)
+    yield from check_versions(found.target, backends)
     patched = applied.mark == imported.mark == OK
     yield run_selftest(selftest_command(backends, patched), timeout)
 
@@ -141,16 +135,22 @@ def _target_or_installed(given: str) -> str:
     return str(root if root / CHECKOUT == package else package)
 
 
-def check_release(version: str) -> Check:
-    accepted = " and ".join(RELEASES)
-    # `git describe` says X-N-gCOMMIT of N own commits on X.
-    if re.sub(r"-\d+-g[0-9a-f]+$|\+.*", "", version) in RELEASES:
+def check_release(found: Inspection) -> Check:
+    version, release = found.target.version, found.release.version
+    if stated(version) == release:
         return Check(OK, "SGLang", f"{version}, which the patch is for")
-    if version == "unknown" or ".dev" in version:
-        text = f"version {version}; the patch is for {accepted}"
-        return Check(UNKNOWN, "SGLang", text)
-    text = f"{version}, but the patch is for {accepted}: install one of these"
-    return Check(FAIL, "SGLang", text)
+    oldest, newest = RELEASES[0].version, RELEASES[-1].version
+    text = f"version {version}, taken for {release}; the patch is for "
+    text += f"{oldest} to {newest}"
+    return Check(UNKNOWN, "SGLang", text)
+
+
+def check_backends(found: Inspection, backends: Sequence[str]) -> Iterator[Check]:
+    for backend in backends:
+        if backend not in found.release.backends:
+            others = " or ".join(found.release.backends)
+            text = f"{backend} has no hook in {found.release.version}: use {others}"
+            yield Check(FAIL, "backend", text)
 
 
 def check_patch(found: Inspection) -> Check:

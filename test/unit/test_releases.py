@@ -1,0 +1,134 @@
+"""The patch on every release: where it goes, that it imports there, and the way back."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import black
+import isort
+import pytest
+from patch_targets import copy_release, snapshot, unused_imports, write_tree
+from patched_sglang import run_python
+
+from prefill_patch import edits
+from prefill_patch.cli import main
+from prefill_patch.patch import Patch
+from prefill_patch.releases import BASE, RELEASES
+from prefill_patch.target import fetch_release
+
+# `make test` takes those at which the patch changes, `make test-releases` all.
+FIRST_OF_A_KIND = ("0.5.13", "0.5.17")
+IN_FULL = (BASE.version, RELEASES[-1].version)
+
+
+def releases(*always: str):
+    return pytest.mark.parametrize(
+        "release",
+        [
+            pytest.param(
+                one,
+                id=one.version,
+                marks=[] if one.version in always else pytest.mark.every_release,
+            )
+            for one in RELEASES
+        ],
+    )
+
+
+@releases(*IN_FULL, *FIRST_OF_A_KIND)
+def test_round_trip(release, tmp_path, capfdbinary):
+    def run(command: str, tree: Path) -> bytes:
+        capfdbinary.readouterr()  # of a wheel that was fetched
+        assert main([command, "--sglang", str(tree)]) == 0
+        out, err = capfdbinary.readouterr()
+        assert err == b""
+        return out
+
+    by_git, ours = (
+        copy_release(release.version, tmp_path / name) for name in ("by_git", "ours")
+    )
+    original = snapshot(ours)
+    diff = run("build", ours)
+    for options in (["--check", "--whitespace=error-all"], []):
+        subprocess.run(["git", "apply", *options], cwd=by_git, input=diff, check=True)
+    run("apply", ours)
+    assert snapshot(by_git) == snapshot(ours) != original
+    assert run("status", ours).startswith(b"applied")
+    for tree in (by_git, ours):
+        run("revert", tree)
+        assert snapshot(tree) == original
+
+
+@releases(*IN_FULL, *FIRST_OF_A_KIND)
+def test_lines_are_formatted_as_upstream_wants_them(release, tmp_path):
+    """black, isort and no unused import, where upstream's own lines are as well."""
+    patch = Patch.load(release=release)
+    package = fetch_release(release.version) / "python/sglang"
+    before = {path: (package / path).read_bytes() for path in patch.edits}
+    after = {
+        path: edits.apply(data, patch.edits[path]) for path, data in before.items()
+    }
+
+    def formatted(data: bytes) -> bytes:
+        code = isort.code(data.decode(), profile="black", known_first_party=["sglang"])
+        return black.format_str(code, mode=black.Mode()).encode()
+
+    for path, todo in patch.edits.items():
+        assert formatted(after[path]) == edits.apply(formatted(before[path]), todo)
+    unused = unused_imports(write_tree(tmp_path / "before", before))
+    assert unused_imports(write_tree(tmp_path / "after", after)) == unused
+    for path, data in patch.files.items():
+        assert formatted(data) == data, path
+    assert unused_imports(write_tree(tmp_path / "new", patch.files)) == []
+
+
+# What only a module beside the ones in question needs.
+STAND_INS = {
+    "0.5.15": "sglang.jit_kernel.dsa.cutedsl_paged_mqa_logits",
+}
+IMPORT = """
+import importlib, sys, types
+import sglang_cpu
+
+for name in sys.argv[1].split():
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__getattr__ = lambda attribute: None
+attention = "sglang.srt.layers.attention."
+hook = importlib.import_module(attention + "mla_fp8_prefill")
+importlib.import_module("sglang.srt.models.deepseek_v2")
+hook._wrapper_types()
+for backend in sys.argv[2].split():
+    module, name = backend.split(":")
+    cls = getattr(importlib.import_module(attention + module), name)
+    ours = [name for name in vars(hook.MLAFP8PrefillMixin) if not name.startswith("__")]
+    for base in cls.__mro__:
+        if base is not hook.MLAFP8PrefillMixin:
+            for name in vars(base).keys() & ours:
+                print(base.__name__, name)
+"""
+
+
+@releases(*IN_FULL)
+def test_imports_and_hides_nothing(release, tmp_path):
+    """No name that the backends get is one that SGLang's classes have as well."""
+    source = fetch_release(release.version) / "python"
+    # Links where there can be: what the patch replaces is not written through them.
+    tree = shutil.copytree(source, tmp_path / "site", copy_function=link_or_copy)
+    assert main(["apply", "--sglang", str(tree)]) == 0
+    backends = [f"{name}_backend:{cls}" for name, cls in release.backends.items()]
+    stand_ins = STAND_INS.get(release.version, "")
+    found = run_python(tree, "-c", IMPORT, stand_ins, " ".join(backends))
+    expected = {
+        # Set by the patch, in TokenspeedMLABackend itself.
+        "TokenspeedMLABackend prefill_kernel_has_kv_scales",
+        "AttentionBackend prepare_prefill_qkv",
+    }
+    assert set(filter(None, found.splitlines())) <= expected
+
+
+def link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -41,18 +41,10 @@ except ModuleNotFoundError:  # before 0.5.23
 
 
 try:
-    from sglang.srt.layers.dcp import dcp_enabled
-except ModuleNotFoundError:  # before 0.5.15
-
-    def dcp_enabled() -> bool:
-        return False
-
-except ImportError:  # from 0.5.21 on
+    from sglang.srt.layers import dcp
     from sglang.srt.runtime_context import get_parallel
-
-    def dcp_enabled() -> bool:
-        return get_parallel().dcp_enabled
-
+except ImportError:  # before 0.5.15
+    dcp = None
 
 try:
     from sglang.srt.model_executor import forward_context
@@ -77,7 +69,12 @@ def in_cuda_graph() -> bool:
 
 def decode_context_parallel() -> bool:
     """Whether out_cache_loc counts the slots of several ranks."""
-    return dcp_enabled()
+    if dcp is None:
+        return False
+    parallel = get_parallel()
+    if hasattr(parallel, "dcp_enabled"):
+        return parallel.dcp_enabled
+    return dcp.dcp_enabled()  # 0.5.15
 
 
 def attn_backend_of(forward_batch: ForwardBatch) -> AttentionBackend:

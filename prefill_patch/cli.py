@@ -87,9 +87,9 @@ def run_build(args: argparse.Namespace, source: Path, target: Target) -> int:
 def run_apply(args: argparse.Namespace, source: Path, target: Target) -> int:
     with install.locked(target):
         found = _look(source, target)
-        diffs = found.diffs(State.ORIGINAL)
-        install.apply(found)
-    if not diffs:
+        diffs = found.diffs(State.ORIGINAL, State.PARTLY)
+        files = install.apply(found)
+    if not files:
         _print(f"already applied: nothing to do ({_where(target)})")
         return 0
     for diff in diffs:
@@ -103,7 +103,7 @@ def run_revert(args: argparse.Namespace, source: Path, target: Target) -> int:
     with install.locked(target):
         found = _look(source, target)
         # What has nothing of the patch needs nothing taken back.
-        applied = any(file.state is State.APPLIED for file in found.files)
+        applied = {State.APPLIED, State.PARTLY} & set(found.states())
         ours = [file.problem for file in found.files if not file.foreign]
         for problem in filter(None, ours if applied else found.problems):
             raise problem

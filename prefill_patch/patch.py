@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from prefill_patch import SOURCE, TESTS, edits
 from prefill_patch.diff import FileDiff, file_diff
 from prefill_patch.errors import PatchError
-from prefill_patch.releases import BASE, Release, candidates
+from prefill_patch.releases import BASE, RELEASES, Release, candidates
 from prefill_patch.target import CHECKOUT, Target
 
 # The patch's hook, where SGLang has none. An upstream file that has this name without
@@ -73,14 +73,15 @@ class State(enum.Enum):
 @dataclass(frozen=True)
 class File:
     """One file of the patch in a target: its bytes as they are, without the patch and
-    with it (None: no such file), and what is wrong with it."""
+    with it (None: no such file), and what is wrong with it. PARTLY is what the patch
+    adds to another release, left by an update of SGLang."""
 
     path: str  # relative to SGLang's package
     new: bool
     state: State
     current: bytes | None = None
     original: bytes | None = None
-    patched: bytes = b""
+    patched: bytes | None = b""
     problem: PatchError | None = None
     # BLOCKED, but without a trace of this patch: nothing to take back.
     foreign: bool = False
@@ -107,7 +108,7 @@ class Inspection:
         return [
             file_diff(self.target.path(file.path), file.original, file.patched)
             for file in self.files
-            if file.state in states
+            if file.state in states and file.patched is not None
         ]
 
 
@@ -119,20 +120,26 @@ def inspect(source: Path, target: Target) -> Inspection:
     """
     tried = []
     for release in candidates(target.version):
-        found = inspect_as(Patch.load(source, release), target)
+        patch = Patch.load(source, release)
+        found = _inspect(patch, target, _of_other_releases(source, release))
         if not found.problems:
             return found
         tried.append(found)
     return max(tried, key=lambda found: found.states().count(State.APPLIED))
 
 
-def inspect_as(patch: Patch, target: Target) -> Inspection:
-    """The same, for the release of a patch."""
+def _inspect(patch: Patch, target: Target, others: dict[str, set[bytes]]) -> Inspection:
     files = [_edited(target, path, todo) for path, todo in patch.edits.items()]
-    files += [_new(target, path, data) for path, data in patch.files.items()]
+    files += [
+        _new(target, path, data, others.get(path, set()))
+        for path, data in patch.files.items()
+    ]
+    for path in others.keys() - patch.files.keys() - patch.edits.keys():
+        left = _new(target, path, None, others[path])
+        files += [left] if left.state is State.PARTLY else []
     if target.package == CHECKOUT:
         applied = {file.state for file in files} == {State.APPLIED}
-        tests = [_new(target, path, data) for path, data in patch.tests.items()]
+        tests = [_new(target, path, data, set()) for path, data in patch.tests.items()]
         # No server depends on them: without them the patch is applied nonetheless, as
         # after it was applied to the package folder inside a checkout.
         files += [t for t in tests if not (applied and t.state is State.ORIGINAL)]
@@ -145,6 +152,16 @@ def inspect_as(patch: Patch, target: Target) -> Inspection:
     if not problems and len(states) == 1:
         (state,) = states
     return Inspection(target, patch.release, state, tuple(files), tuple(problems))
+
+
+def _of_other_releases(source: Path, release: Release) -> dict[str, set[bytes]]:
+    """What the patch adds to releases that have its files by other names, by path."""
+    kinds = {id(one.names): one for one in RELEASES if one.names != release.names}
+    found: dict[str, set[bytes]] = {}
+    for one in kinds.values():
+        for path, data in Patch.load(source, one).files.items():
+            found.setdefault(path, set()).add(data)
+    return found
 
 
 def _packages(path: str, release: Release) -> dict[str, bytes]:
@@ -184,7 +201,7 @@ def _edited(target: Target, path: str, todo: tuple[edits.Edit, ...]) -> File:
     return File(path, False, State.ORIGINAL, current, current, patched)
 
 
-def _new(target: Target, path: str, data: bytes) -> File:
+def _new(target: Target, path: str, data: bytes | None, others: set[bytes]) -> File:
     try:
         current = target.read(path)
     except PatchError as error:
@@ -192,6 +209,8 @@ def _new(target: Target, path: str, data: bytes) -> File:
     if current in (None, data):
         state = State.ORIGINAL if current is None else State.APPLIED
         return File(path, True, state, current, patched=data)
+    if current in others:
+        return File(path, True, State.PARTLY, current, patched=data)
     reason = "a file that the patch adds is already there, with other content; "
     problem = PatchError(reason + _OTHER_VERSION, file=target.path(path))
     return File(path, True, State.BLOCKED, current, problem=problem)

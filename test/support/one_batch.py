@@ -142,7 +142,7 @@ class Batch:
             attn_backend=self.backend,
             token_to_kv_pool=self.pool,
             out_cache_loc=self.slots,
-            out_cache_loc_is_physical=False,
+            out_cache_loc_is_physical=True,
             extend_prefix_lens_cpu=[0],
             mha_one_shot=False,
             forward_mode=ForwardMode.EXTEND,
@@ -303,7 +303,8 @@ def check_declined(backend: type) -> None:
         with context:
             assert batch.declines(), context
     assert not batch.declines()
-    assert Batch(backend, qk_rope_head_dim=0).declines()
+    bare = Batch(backend, "composed", qk_rope_head_dim=0)
+    assert not bare.backend.takes_prefill(bare.layer, bare.forward_batch)
     assert Batch(backend, producer="off").declines()
 
 
@@ -345,7 +346,10 @@ def main(backends: list[str]) -> None:
         backend = getattr(module, name)
         check_names(backend)
         check_taken(Batch(backend), slot_0_stays=True)
-        check_taken(Batch(backend, "composed"), slot_0_stays=False)
+        composed = Batch(backend, "composed")
+        # As some pools do, from 0.5.22 on.
+        composed.pool.requires_physical_write_loc = True
+        check_taken(composed, slot_0_stays=False)
         check_chunks(Batch(backend))
         if backend.prefill_kernel_has_kv_scales:
             check_scales(backend)

@@ -484,6 +484,29 @@ def test_what_is_left_beside_an_updated_sglang_is_taken_back(run, tree):
     assert not any((tree / "python/sglang" / name).exists() for name in NEW)
 
 
+@pytest.mark.parametrize("command", ["apply", "revert"])
+def test_update_of_sglang_to_where_the_patch_has_other_names(
+    run, mirror, tree, command
+):
+    """What it has added before is replaced, or taken back with what it adds now."""
+    new = {"jit_kernel/k.py": "k = 1\n", "srt/hook.py": "import sglang.jit_kernel.k\n"}
+    write_tree(mirror, new)
+    before = snapshot(tree)
+    assert run("apply", tree)[0] == 0
+    package = tree / "python/sglang"
+    write_tree(package, SGLANG | {"_version.py": "__version__ = '0.5.17'\n"})
+    code, out, _ = run("status", tree)
+    assert code == 3 and out.count("\n  partly applied ") == 2
+    assert run(command, tree)[0] == 0
+    if command == "apply":
+        assert not (package / "jit_kernel").exists()
+        assert "ops.mla_fp8.k" in (package / "srt/hook.py").read_text()
+        assert run("status", tree)[0] == 0
+        assert run("revert", tree)[0] == 0
+    write_tree(package, {"_version.py": SGLANG["_version.py"]})
+    assert snapshot(tree) == before
+
+
 def test_local_changes_survive(run, tree):
     srt = tree / "python/sglang/srt"
     (srt / "model.py").write_text("import os\n\n" + SGLANG["srt/model.py"])

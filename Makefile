@@ -20,7 +20,7 @@ PIP := $(RUN) -m pip --quiet --disable-pip-version-check
 SOURCES := conftest.py prefill_patch python test
 BENCH = $(RUN) test/tools/bench.py --sglang $(SGLANG) $(if $(PEERS),--peers $(PEERS))
 
-.PHONY: run test test-releases lint docs compile-check bench bench-check e2e accuracy clean
+.PHONY: run test test-releases new-release lint docs compile-check bench bench-check e2e accuracy clean
 
 # Patch a real SGLang, run its own prefill code and print how exact the result is.
 run: $(READY)
@@ -32,6 +32,10 @@ test: $(READY)
 # What depends on the release, on all of them; fetches their wheels, 10 MB each.
 test-releases: $(READY)
 	$(RUN) -m pytest -n $(JOBS) --every-release test/unit/test_releases.py
+
+# Try the patch on a release that it does not know, and print what breaks.
+new-release: $(READY)
+	$(RUN) test/tools/new_release.py $(SGLANG)
 
 # Compile every kernel for every GPU family and read the machine code; needs no GPU.
 compile-check: $(READY)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import black
 import isort
+import new_release
 import pytest
 from patch_targets import copy_release, snapshot, unused_imports, write_tree
 from patched_sglang import run_python
@@ -17,9 +18,11 @@ from prefill_patch.patch import Patch
 from prefill_patch.releases import BASE, RELEASES
 from prefill_patch.target import fetch_release
 
-# `make test` takes those at which the patch changes, `make test-releases` all.
-FIRST_OF_A_KIND = ("0.5.13", "0.5.17")
+# `make test` takes these and those where its names change, `make test-releases` all.
 IN_FULL = (BASE.version, RELEASES[-1].version)
+FIRST_OF_A_KIND = [
+    one.version for last, one in zip(RELEASES, RELEASES[1:]) if one.names != last.names
+]
 
 
 def releases(*always: str):
@@ -104,3 +107,17 @@ def link_or_copy(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def test_new_release(tmp_path, capsys):
+    """What is not found in it is named."""
+    newest = RELEASES[-1].version
+    tree = copy_release(newest, tmp_path)
+    package = tree / "python/sglang"
+    write_tree(package, {"_version.py": "__version__ = '0.99.0'\n"})
+    model = next(package.rglob("forward_mha.py"))
+    model.write_text(model.read_text().replace("kv_a_dtype", "dtype"))
+    assert new_release.main([str(tree)]) == 1
+    first, *problems = capsys.readouterr().out.splitlines()
+    assert first == f"SGLang 0.99.0, taken for {newest}"
+    assert len(problems) == 1 and "assign kv_a_dtype torch.bfloat16: no" in problems[0]

@@ -18,16 +18,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from prefill_patch.patch import Inspection, State, inspect
-from prefill_patch.releases import BACKENDS, RELEASES, stated
+from prefill_patch.releases import BACKENDS, RELEASES, Release, ordered, stated
 from prefill_patch.target import CHECKOUT, Target
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
 SWITCH, PRODUCERS, OFF = "SGLANG_MLA_FP8_PREFILL", ("fused", "composed"), "off"
+LSE_SWITCH, LSE_AUTO, LSE_BASES = "SGLANG_MLA_FP8_PREFILL_LSE", "auto", ("2", "e")
 
 # The distributions that the prefill path runs on.
 PACKAGES = ("torch", "triton", "flashinfer-python", "sglang-kernel", "tokenspeed-mla")
+
+_WITHOUT_GRAPHS = (
+    ", without prefill CUDA graphs unless it has --enforce-piecewise-cuda-graph"
+)
 
 OK, UNKNOWN, FAIL = "ok", "--", "FAIL"
 # How the self-test ends; a Python that fails ends with 1 or 2.
@@ -96,8 +101,14 @@ def run(args: argparse.Namespace, source: Path, target: Target) -> int:
         print(
             "verdict: ready, a server started now with --attention-backend "
             f"{' or '.join(backends)} and --kv-cache-dtype fp8_e4m3 uses the patch"
+            + (_WITHOUT_GRAPHS if _turns_graphs_off(found.release) else "")
         )
     return 0 if worst == OK else 1
+
+
+def _turns_graphs_off(release: Release) -> bool:
+    """Later ones have other settings, which the patch leaves alone."""
+    return ordered(release.version) < ordered("0.5.14")
 
 
 def _checks(
@@ -110,6 +121,8 @@ def _checks(
     imported = check_import(found.target)
     yield imported
     yield check_switch(os.environ)
+    if "trtllm_mla" in backends:
+        yield check_lse(os.environ, flashinfer_lse_base())
     yield from check_versions(found.target, backends)
     patched = applied.mark == imported.mark == OK
     yield run_selftest(selftest_command(backends, patched), timeout)
@@ -188,6 +201,32 @@ def check_switch(environ: Mapping[str, str]) -> Check:
     choices = f"{', '.join(PRODUCERS)} or {OFF}"
     text = f"{SWITCH} must be {choices}, got {value!r}: a server would not start"
     return Check(FAIL, "switch", text)
+
+
+def flashinfer_lse_base() -> str | None:
+    """The base of trtllm-gen's log-sum-exps in the source that the FlashInfer of this
+    Python compiles; None where it cannot be told."""
+    spec = importlib.util.find_spec("flashinfer")
+    if spec is None or spec.origin is None:
+        return None
+    include = Path(spec.origin).with_name("data") / "include"
+    source = include / "flashinfer/trtllm/fmha/lse.cuh"
+    return "2" if source.is_file() and "log2e" in source.read_text() else None
+
+
+def check_lse(environ: Mapping[str, str], in_source: str | None) -> Check:
+    value = environ.get(LSE_SWITCH, LSE_AUTO)
+    setting = value.lower()
+    if setting not in (LSE_AUTO, *LSE_BASES):
+        choices = f"{LSE_AUTO}, {' or '.join(LSE_BASES)}"
+        text = f"{LSE_SWITCH} must be {choices}, got {value!r}"
+        return Check(FAIL, "log-sum-exp", f"{text}: a server would not start")
+    text = f"{LSE_SWITCH} is {setting}; FlashInfer's lse.cuh writes "
+    text += "a base that is not known" if in_source is None else f"base {in_source}"
+    if setting == LSE_AUTO or in_source in (None, setting):
+        return Check(OK, "log-sum-exp", text)
+    text += ": answers behind a cached prefix would be wrong, unset it"
+    return Check(FAIL, "log-sum-exp", text)
 
 
 def check_versions(target: Target, backends: Sequence[str]) -> Iterator[Check]:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ import triton.testing
 from prefill_patch import SOURCE
 from prefill_patch.doctor import (
     FAIL,
+    LSE_AUTO,
+    LSE_SWITCH,
     OK,
     SELFTEST_STATUS,
     SWITCH,
@@ -78,6 +81,8 @@ def run(backends: Sequence[str], patched: bool) -> Iterator[Check]:
     else:
         yield attempt("hook", check_hook, backends)
         yield from check_kernels(load_reference())
+        if "trtllm_mla" in backends and runs_attention(gpus):
+            yield attempt("log-sum-exp", check_lse_base, os.environ)
 
 
 def visible_gpus() -> tuple[list[Gpu], str]:
@@ -100,12 +105,41 @@ def check_gpus(gpus: Sequence[Gpu], problem: str, backends: Sequence[str]) -> Ch
     text += f"; {seen_by}"
     if any(gpu.sm < FP8_CONVERSION for gpu in gpus):
         text += f"; FP8 conversion needs SM{FP8_CONVERSION}"
-    if any(gpu.sm not in ATTENTION_KERNELS for gpu in gpus):
+    if not runs_attention(gpus):
         text += (
             f"; {' and '.join(backends)} need SM100: run on B200, GB200, B300, GB300"
         )
         return Check(FAIL, "GPU", text)
     return Check(OK, "GPU", text)
+
+
+def runs_attention(gpus: Sequence[Gpu]) -> bool:
+    return bool(gpus) and all(gpu.sm in ATTENTION_KERNELS for gpu in gpus)
+
+
+def check_lse_base(environ: Mapping[str, str], device: str = "cuda") -> tuple[str, str]:
+    """What trtllm_mla, on one rank's heads of DeepSeek-V3, finds when it starts."""
+    module = importlib.import_module("sglang.srt.layers.attention.trtllm_mla_backend")
+    backend = object.__new__(module.TRTLLMMLABackend)
+    backend.__dict__.update(
+        device=device,
+        data_type=torch.float8_e4m3fn,
+        q_data_type=torch.bfloat16,
+        num_local_heads=16,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        scaling=192**-0.5,
+        workspace_buffer=torch.zeros(
+            module.DEFAULT_WORKSPACE_SIZE_MB << 20, dtype=torch.uint8, device=device
+        ),
+    )
+    base = backend.find_lse_base()
+    setting = environ.get(LSE_SWITCH, LSE_AUTO).lower()
+    text = f"trtllm-gen returns base {base} here"
+    if setting in (LSE_AUTO, base):
+        return OK, text
+    return FAIL, f"{text}, not {setting}: unset {LSE_SWITCH}"
 
 
 def check_hook(backends: Sequence[str]) -> tuple[str, str]:

@@ -1,6 +1,6 @@
 """Stands in for the attention kernels of tokenspeed_mla 0.1.1 and for FlashInfer's two
-trtllm-gen MLA entry points, which run on SM100 GPUs only: in plain torch, from the
-definition of attention.
+trtllm-gen MLA entry points, which run on SM100 GPUs only, and for FlashAttention-3's
+prefill, on SM90 only: in plain torch, from the definition of attention.
 
 What the real kernels would reject or misread (dtype, layout, alignment, shape) is
 refused; what they leave unwritten holds NaN; what they were handed is recorded. One
@@ -407,6 +407,62 @@ def trtllm_ragged_attention_deepseek(
             if not SETTINGS.natural_lse:
                 lse[:n] /= math.log(2)
         return (out, lse) if return_lse else out
+
+
+def flash_attn_varlen_func(
+    *,
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    softmax_scale,
+    causal,
+    return_softmax_lse=False,
+    out=None,
+    ver=3,
+):
+    """Stands in for sgl_kernel's FlashAttention-3 over ragged requests, and for
+    FlashAttention-4, which takes no FP8.
+
+    The caller's `out`, if given; of FP8 operands it is BF16; natural log-sum-exp
+    [heads, tokens]; 0 and minus infinity in rows without keys; rows past the real ones
+    left alone.
+    """
+    fp8 = q.dtype in FP8_DTYPES
+    known = q.dtype != torch.float8_e5m2 and not (fp8 and ver == 4)
+    _require(known, f"query of {q.dtype} in FlashAttention-{ver}")
+    with _range(CAUSAL if causal else PREFIX_CHUNK):
+        computed = _prefill(
+            "flash_attn_varlen_func",
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            head_dims=[(192, 128), *((d, d) for d in (64, 96, 128, 192, 256))],
+            batch_size=len(cu_seqlens_q) - 1,
+            max_q=max_seqlen_q,
+            max_kv=max_seqlen_k,
+            causal=causal,
+            return_lse=return_softmax_lse,
+            bmm1_scale=softmax_scale,
+            bmm2_scale=1.0,
+            out=out,
+        )
+        shape = (q.shape[0], q.shape[1], v.shape[2])
+        dtype = torch.bfloat16 if fp8 else q.dtype
+        if out is None:
+            out = _new(q, shape, dtype)
+        fits = tuple(out.shape) == shape and out.dtype == dtype
+        _require(fits, f"out of {out.dtype}, shape {tuple(out.shape)}")
+        lse = _new(q, (shape[1], shape[0]), torch.float32)
+        if computed is not None:
+            n = len(computed[0])
+            out[:n], lse[:, :n] = computed[0], computed[1].T
+        return (out, lse) if return_softmax_lse else out
 
 
 def _check_decode(

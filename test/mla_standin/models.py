@@ -63,6 +63,7 @@ KINDS = {
         num_hidden_layers=8,
         num_attention_heads=128,
         vocab_size=512,
+        max_position_embeddings=2 * CONTEXT,
     ),
     # The same at tensor parallel size 8.
     "deepseek_v3_tp8": dict(
@@ -70,6 +71,7 @@ KINDS = {
         intermediate_size=2304,
         num_hidden_layers=16,
         vocab_size=512,
+        max_position_embeddings=2 * CONTEXT,
     ),
     # For tests of the suite itself on a CPU.
     "tiny": dict(

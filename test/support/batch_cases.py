@@ -34,7 +34,7 @@ from sglang_cpu import HAS_GPU
 
 @dataclass(frozen=True)
 class Outcome:
-    """`kind` is taken, declined, untouched, refused or not applicable."""
+    """`kind` is taken, declined, untouched, corrected or n/a."""
 
     kind: str
     reason: str = ""
@@ -53,13 +53,13 @@ def untouched(reason: str) -> Outcome:
     return Outcome("untouched", reason)
 
 
-def refused(reason: str) -> Outcome:
-    """An error when the backend starts; `reason` is found in its message."""
-    return Outcome("refused", reason)
+def corrected(reason: str) -> Outcome:
+    """SGLang's own path, which is wrong for the batch, or raises, without the patch."""
+    return Outcome("corrected", reason)
 
 
 def not_applicable(reason: str) -> Outcome:
-    return Outcome("not applicable", reason)
+    return Outcome("n/a", reason)
 
 
 TAKEN = Outcome("taken")
@@ -74,6 +74,7 @@ class Case:
     scenario: Scenario
     tokenspeed_mla: Outcome
     trtllm_mla: Outcome
+    fa3: Outcome
     producer: str
     # Whether the patched SGLang finds FlashInfer's RoPE; None: as the machine has it.
     flashinfer: Optional[bool]
@@ -84,7 +85,7 @@ class Case:
     def test(self, backend: str) -> Optional[str]:
         """The function in test_every_batch.py that runs it on this backend."""
         kind = self.outcome(backend).kind
-        return None if kind == "not applicable" else f"test_{kind}"
+        return None if kind == "n/a" else f"test_{kind}"
 
 
 def case(
@@ -93,17 +94,19 @@ def case(
     outcome: Outcome = TAKEN,
     *,
     tokenspeed_mla: Optional[Outcome] = None,
+    fa3: Optional[Outcome] = None,
     producer: str = "fused",
     flashinfer: Optional[bool] = None,
     **scenario: Any,
 ) -> Case:
-    """A case with one outcome, or another on tokenspeed_mla."""
+    """A case with one outcome, or another on tokenspeed_mla or fa3."""
     return Case(
         name,
         title,
         Scenario(**scenario),
         tokenspeed_mla or outcome,
         outcome,
+        fa3 or outcome,
         producer,
         flashinfer,
     )
@@ -111,16 +114,21 @@ def case(
 
 CHUNKS = dict(extend_lens=[5, 1, 3], prefix_lens=[12, 0, 7], chunks=2)
 ONE_CHUNK = dict(extend_lens=[3, 2], prefix_lens=[4, 0], chunks=1)
+DECODES = dict(extend_lens=[1, 1], prefix_lens=[9, 4], paged=True)
 # FlashInfer's kernels, on a GPU, are for models' dimensions.
 DEEPSEEK = reference.MODELS["deepseek-v3"]._replace(heads=4)
+SCALES = dict(k_scale=0.3, v_scale=1.7)
 COMPOSED = {"SGLANG_MLA_FP8_PREFILL": "composed"}
-PREFIX_BY_MHA = {"SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD": "1"}
 
 BF16_ONLY = not_applicable("its kernel gives BF16, whatever the model is")
 FP8_ONLY = not_applicable("starts with an fp8_e4m3 cache only")
+NO_SUCH_TYPE = not_applicable("its kernel takes no such type")
+FA3_ONLY = not_applicable("fa3's own")
 MLA_PATH = untouched("MLA path")
 NO_HOOK = untouched("the prefill backend has no hook")
 OWN_OPERANDS = untouched("BF16 operands are quantized at the kernel call")
+ASSERTS_ONE = corrected("SGLang asserts scales of 1")
+UNDIVIDED_ROWS = corrected("SGLang multiplies undivided rows by k_scale")
 
 CASES = [
     # Wrappers round a backend
@@ -253,7 +261,7 @@ CASES = [
     ),
     case(
         "piecewise-graph",
-        "inside a piecewise CUDA graph",
+        "inside a piecewise CUDA graph (`--enforce-piecewise-cuda-graph`)",
         MLA_PATH,
         env=dict(dims=DEEPSEEK, modify_layer=runs.absorb_weights),
         how=runs.in_piecewise_graph,
@@ -266,7 +274,7 @@ CASES = [
     ),
     case(
         "breakable-graph",
-        "inside a breakable CUDA graph",
+        "inside a breakable CUDA graph (the same, `--enable-breakable-cuda-graph`)",
         declined("CUDA graph"),
         how=functools.partial(runs.in_forward_context, breakable=True),
     ),
@@ -276,7 +284,7 @@ CASES = [
         "decode",
         MLA_PATH,
         env=dict(dims=DEEPSEEK, modify_layer=runs.absorb_weights),
-        batch=dict(extend_lens=[1, 1], prefix_lens=[9, 4]),
+        batch=DECODES,
         how=functools.partial(runs.absorbed, mode="DECODE"),
     ),
     case(
@@ -288,7 +296,7 @@ CASES = [
             speculative_num_draft_tokens=3,
             modify_layer=runs.absorb_weights,
         ),
-        batch=dict(extend_lens=[3, 3], prefix_lens=[9, 4]),
+        batch={**DECODES, "extend_lens": [3, 3]},
         how=functools.partial(runs.absorbed, mode="TARGET_VERIFY"),
     ),
     case(
@@ -296,7 +304,7 @@ CASES = [
         "speculative draft-extend",
         MLA_PATH,
         env=dict(dims=DEEPSEEK, modify_layer=runs.absorb_weights),
-        batch=dict(extend_lens=[3, 2], prefix_lens=[9, 4]),
+        batch={**DECODES, "extend_lens": [3, 2]},
         how=functools.partial(runs.absorbed, mode="DRAFT_EXTEND"),
     ),
     case(
@@ -310,18 +318,64 @@ CASES = [
         "mha-one-shot",
         "MHA_ONE_SHOT of another backend, over a prefix",
         NO_HOOK,
-        env=dict(prefill_attention_backend="fa3"),
+        env=dict(prefill_attention_backend="flashinfer"),
         batch=ONE_CHUNK,
         how=runs.other_prefill_backend,
-        environ=PREFIX_BY_MHA,
     ),
     case(
         "one-shot-prefix",
         "MHA_ONE_SHOT chosen for this backend, over a prefix",
         declined("one-shot attention over a prefix"),
+        fa3=TAKEN,
         env=dict(prefill_attention_backend="fa3"),
         batch=dict(extend_lens=[5, 3], prefix_lens=[4, 0]),
-        environ=PREFIX_BY_MHA,
+    ),
+    case(
+        "one-shot-prefix-padding",
+        "the same with data-parallel padding, in memory full of NaN",
+        FA3_ONLY,
+        fa3=TAKEN,
+        batch=dict(extend_lens=[5, 1, 3], prefix_lens=[12, 0, 7], pad_rows=4),
+        how=runs.in_nan_memory,
+    ),
+    case(
+        "prefix-below-threshold",
+        "a prefix below SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD (8192 tokens)",
+        FA3_ONLY,
+        fa3=MLA_PATH,
+        env=dict(dims=DEEPSEEK, modify_layer=runs.absorb_weights),
+        batch=CHUNKS,
+        environ={"SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD": "8192"},
+        how=runs.prepare_only,
+    ),
+    case(
+        "deterministic",
+        "deterministic inference",
+        FA3_ONLY,
+        fa3=MLA_PATH,
+        env=dict(
+            dims=DEEPSEEK,
+            enable_deterministic_inference=True,
+            modify_layer=runs.absorb_weights,
+        ),
+        how=runs.prepare_only,
+    ),
+    case(
+        "context-parallel",
+        "attention context parallelism",
+        FA3_ONLY,
+        fa3=declined("context parallelism"),
+        batch=CHUNKS,
+        change=runs.context_parallel,
+    ),
+    case(
+        "fa4",
+        "FlashAttention-4, run by the same class",
+        FA3_ONLY,
+        fa3=untouched("FlashAttention-4 takes no FP8"),
+        env=dict(prefill_attention_backend="fa4"),
+        batch=CHUNKS,
+        change=runs.flash_attention_4,
     ),
     case(
         "one-shot",
@@ -340,10 +394,8 @@ CASES = [
         "own-prepare-scales",
         "the same with k_scale and v_scale",
         OWN_OPERANDS,
-        tokenspeed_mla=not_applicable("its kernel takes no scales"),
-        env=dict(
-            q_lora=None, prefill_attention_backend="fa3", k_scale=0.3, v_scale=1.7
-        ),
+        tokenspeed_mla=ASSERTS_ONE,
+        env=dict(**SCALES, q_lora=None, prefill_attention_backend="fa3"),
         batch=CHUNKS,
         how=runs.own_prepare,
     ),
@@ -384,6 +436,14 @@ CASES = [
         declined("head dimensions that are no multiples of 16"),
         env=dict(dims=TINY._replace(nope=24)),
     ),
+    case(
+        "head-dim-272",
+        "Q and K of more than 256",
+        FA3_ONLY,
+        fa3=declined("no FP8 kernel for head dimension 272"),
+        env=dict(dims=TINY._replace(nope=208)),
+        batch=CHUNKS,
+    ),
     *(
         case(
             f"heads-{heads}",
@@ -421,6 +481,7 @@ CASES = [
         "fp16",
         "an FP16 model",
         tokenspeed_mla=BF16_ONLY,
+        fa3=BF16_ONLY,
         env=dict(dtype=torch.float16),
         batch=CHUNKS,
     ),
@@ -429,20 +490,74 @@ CASES = [
         "an FP32 model",
         declined("the model is torch.float32, not bfloat16 or float16"),
         tokenspeed_mla=BF16_ONLY,
+        fa3=BF16_ONLY,
         env=dict(dtype=torch.float32),
     ),
     case(
         "scales",
         "k_scale and v_scale in the checkpoint",
-        tokenspeed_mla=refused("layer 0 has k_scale_float=0.3 and v_scale_float=1.7"),
-        env=dict(k_scale=0.3, v_scale=1.7),
-        batch=CHUNKS,
+        env=SCALES,
+        batch={**CHUNKS, "pad_rows": 2},
     ),
     case(
-        "v-scale",
-        "v_scale alone in the checkpoint",
-        tokenspeed_mla=refused("layer 0 has k_scale_float=1.0 and v_scale_float=4.0"),
-        env=dict(v_scale=4.0),
+        "k-scale",
+        "k_scale alone in the checkpoint",
+        fa3=not_applicable("it raises without a v_scale beside it"),
+        env=dict(k_scale=0.3),
+        batch=CHUNKS,
+    ),
+    case("v-scale", "v_scale alone in the checkpoint", env=dict(v_scale=1.7)),
+    case(
+        "scales-chunked-prefill",
+        "k_scale and v_scale, chunks of one prompt after one another",
+        env=SCALES,
+        batch=dict(extend_lens=[19]),
+        how=functools.partial(runs.chunk_by_chunk, sizes=(8, 8, 3)),
+    ),
+    case(
+        "scales-one-shot",
+        "k_scale and v_scale, MHA_ONE_SHOT chosen for this backend, no prefix",
+        env=dict(**SCALES, prefill_attention_backend="fa3"),
+    ),
+    case(
+        "scales-declined",
+        "k_scale and v_scale, a rotary embedding that the hook declines",
+        declined("rotary embedding"),
+        tokenspeed_mla=ASSERTS_ONE,
+        env=dict(**SCALES, modify_layer=runs.native_rope),
+        batch={**CHUNKS, "pad_rows": 2},
+    ),
+    case(
+        "scales-decode",
+        "k_scale and v_scale, decode",
+        UNDIVIDED_ROWS,
+        fa3=MLA_PATH,
+        env=dict(**SCALES, dims=DEEPSEEK, modify_layer=runs.absorb_weights),
+        batch=DECODES,
+        how=functools.partial(runs.absorbed, mode="DECODE"),
+    ),
+    case(
+        "scales-target-verify",
+        "k_scale and v_scale, speculative target-verify",
+        UNDIVIDED_ROWS,
+        fa3=MLA_PATH,
+        env=dict(
+            **SCALES,
+            dims=DEEPSEEK,
+            speculative_num_draft_tokens=3,
+            modify_layer=runs.absorb_weights,
+        ),
+        batch={**DECODES, "extend_lens": [3, 3]},
+        how=functools.partial(runs.absorbed, mode="TARGET_VERIFY"),
+    ),
+    case(
+        "scales-decode-off",
+        "k_scale and v_scale, decode, SGLANG_MLA_FP8_PREFILL=off",
+        MLA_PATH,
+        env=dict(**SCALES, dims=DEEPSEEK, modify_layer=runs.absorb_weights),
+        environ={"SGLANG_MLA_FP8_PREFILL": "off"},
+        batch=DECODES,
+        how=functools.partial(runs.absorbed, mode="DECODE"),
     ),
     # The cache
     case(
@@ -491,6 +606,7 @@ CASES = [
             title,
             declined(f"the KV cache is {cache}, not torch.float8_e4m3fn"),
             tokenspeed_mla=FP8_ONLY,
+            fa3=NO_SUCH_TYPE if name in ("e5m2", "fp4") else None,
             batch=CHUNKS,
             **scenario,
         )
@@ -520,6 +636,14 @@ CASES = [
                 dict(env=dict(cache_dtype=torch.bfloat16), change=runs.fp4_backend),
             ),
         )
+    ),
+    case(
+        "auto-fp8-cache",
+        "an FP8 cache that the checkpoint chose (auto)",
+        FA3_ONLY,
+        fa3=declined("--kv-cache-dtype auto keeps attention in the model's dtype"),
+        env=dict(kv_cache_dtype="auto"),
+        batch=CHUNKS,
     ),
     # Values
     case(
@@ -555,11 +679,20 @@ CASES = [
     case(
         "composed-scales",
         "the same with k_scale and v_scale",
-        tokenspeed_mla=not_applicable("its kernel takes no scales"),
-        env=dict(dims=DEEPSEEK, is_neox=True, k_scale=0.3, v_scale=1.7),
+        env=dict(**SCALES, dims=DEEPSEEK, is_neox=True),
         environ=COMPOSED,
         batch=CHUNKS,
         producer="composed",
+        flashinfer=True,
+    ),
+    case(
+        "composed-one-shot-prefix",
+        "the same over a prefix in one shot",
+        FA3_ONLY,
+        fa3=declined("one-shot attention over a prefix with the composed producer"),
+        env=dict(dims=DEEPSEEK),
+        environ=COMPOSED,
+        batch=dict(extend_lens=[5, 3], prefix_lens=[4, 0]),
         flashinfer=True,
     ),
     case(
@@ -585,6 +718,7 @@ FORCED = [
         "forced-fallback",
         "FlashInfer's own prefill planned for the batch",
         declined("FlashInfer's own prefill runs the batch"),
+        fa3=not_applicable("it has no such fallback"),
         env=dict(dims=DEEPSEEK, disable_chunked_prefix_cache=True),
         batch=CHUNKS,
         how=runs.forced,
@@ -646,7 +780,7 @@ def run_unpatched(target: str) -> None:
     for case in filter(runnable, CASES + FORCED):
         for backend in BACKENDS:
             kind = case.outcome(backend).kind
-            if kind in ("declined", "untouched") or (
+            if kind in ("declined", "untouched", "corrected") or (
                 kind == "taken" and case.name in COMPARED
             ):
                 try:
@@ -665,7 +799,10 @@ INTRODUCTION = """\
 *Taken*: the backend's hook prepares Q, K, V and the cache rows in FP8. *Declined*: it
 leaves the batch to SGLang's own path, whose every result is then bit-identical to the
 unpatched SGLang's, and the reason is logged once; *untouched* is the same where SGLang
-does not come to the hook at all, and *refused* an error when the backend starts.
+does not come to the hook at all. *Corrected*: SGLang's own path too, which is wrong for
+the batch or raises without the patch, and right with it ([scales](scales.md)). Whichever
+it is, log-sum-exps in base 2, as trtllm-gen's, are converted before SGLang merges prefix
+chunks (`SGLANG_MLA_FP8_PREFILL_LSE`); those of the kernels here are natural.
 
 Where a batch is taken, Q, K, V and the cache rows are the exact results rounded once (at
 most one element in 10,000 is the next FP8 value). Against the unpatched SGLang, Q and K
@@ -678,13 +815,20 @@ Activations beyond ±448, and infinity, become ±448, where the unpatched SGLang
 torch's cast makes of them: NaN beyond ±464 before torch 2.13, ±448 since. NaN stays NaN.
 
 A case's test is `test/unit/test_every_batch.py::TEST[CASE-BACKEND]`, which runs it on
-SGLang's own classes. The attention kernels, which need SM100, are replaced by references
-that take any dimensions: where the real ones do not (trtllm-gen takes Q and K of 192 with
-V of 128, or 128 throughout; tokenspeed_mla 192 with 128), as for GLM's, a case shows the
-preparation alone.
+SGLang's own classes. The attention kernels, which need SM100, or SM90 for fa3, are
+replaced by references that take any dimensions: where the real ones do not (trtllm-gen
+takes Q and K of 192 with V of 128, or 128 throughout; tokenspeed_mla 192 with 128), as for
+GLM's, a case shows the preparation alone. On a Hopper GPU fa3 runs its own kernel for
+DeepSeek's dimensions.
 
-| case | | tokenspeed_mla | trtllm_mla | test |
-|---|---|---|---|---|
+On fa3, SGLang attends to prefixes of 8192 tokens and more in FP8, up to 131,072 tokens a
+batch in one call with the new ones (one-shot), beyond that in chunks. A one-shot K and V
+are projected from the cache's FP8 rows, those of the new tokens too, as SGLang does it;
+here prefixes are short, and that threshold 1. `k_scale` and `v_scale` have no part in fa3's
+attention, and it leaves the rows of padding unwritten, patched or not.
+
+| case | | tokenspeed_mla | trtllm_mla | fa3 | test |
+|---|---|---|---|---|---|
 """
 
 

@@ -34,7 +34,7 @@ from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods
     AttnForwardMethod,
 )
 
-BACKENDS = ("tokenspeed_mla", "trtllm_mla")
+BACKENDS = ("tokenspeed_mla", "trtllm_mla", "fa3")
 
 
 # Wrappers round a backend
@@ -46,9 +46,11 @@ def sibling(env: Env):
 
 
 def other(env: Env):
-    """A backend of the other kind on the same pools."""
-    (name,) = set(BACKENDS) - {env.server_args.attention_backend}
-    return harness.make_backend(env, name)
+    """A backend of another kind on the same pools."""
+    own = env.server_args.attention_backend
+    return harness.make_backend(
+        env, "tokenspeed_mla" if own == "trtllm_mla" else "trtllm_mla"
+    )
 
 
 def hybrid(env: Env):
@@ -199,12 +201,16 @@ def forced(
 
 
 def without_metadata(env: Env, batch: Batch) -> Result:
-    missing = mock.patch.object(env.backend, "forward_prefill_metadata", None)
+    name = "forward_prefill_metadata"
+    if env.server_args.attention_backend == "fa3":
+        name = "forward_metadata"
+    missing = mock.patch.object(env.backend, name, None)
     return forced(env, batch, inside=lambda forward_batch: missing)
 
 
 def absorbed(env: Env, batch: Batch, mode: str) -> Result:
-    """A decode or speculative batch, through the model's absorbed MLA path."""
+    """A decode or speculative batch, through the model's absorbed MLA path; on fa3 its
+    prepare step alone, since FlashAttention's absorbed kernel has no stand-in."""
     mode = ForwardMode[mode]
     modules = {"flashinfer": FLASHINFER}
     modules["flashinfer.rope"] = FLASHINFER.rope
@@ -221,7 +227,8 @@ def absorbed(env: Env, batch: Batch, mode: str) -> Result:
         with mock.patch.dict(sys.modules, {} if HAS_GPU else modules):
             yield
 
-    return run_prefill(env, batch, around=around)
+    attention = env.server_args.attention_backend != "fa3"
+    return run_prefill(env, batch, around=around, attention=attention)
 
 
 class RaggedBackend(AttentionBackend):
@@ -409,6 +416,15 @@ def fp4_backend(env: Env) -> None:
     GPUs."""
     env.runner.kv_cache_dtype = torch.float4_e2m1fn_x2
     env.backend = sibling(env)
+
+
+def context_parallel(env: Env) -> None:
+    env.runner.attn_cp_size = 2
+    env.backend = sibling(env)
+
+
+def flash_attention_4(env: Env) -> None:
+    env.backend = type(env.backend)(env.runner, fa_impl_ver=4)
 
 
 class OwnWriterPool(memory_pool.MLATokenToKVPool):

@@ -1,6 +1,6 @@
 """Stand-ins for the kernels that a prefill of SGLang's MLA backends needs and that do
-not run here: SM100 kernels anywhere, CUDA kernels without a GPU. The docstring of each
-begins with what it stands in for.
+not run here: SM100 kernels anywhere, FlashAttention-3 but for DeepSeek's dimensions on
+SM90, CUDA kernels without a GPU. The docstring of each begins with what it stands in for.
 
 Importing this module installs them. Without a GPU the CUDA branches of the model and of
 the rotary embedding are taken nevertheless, with their Triton kernels in the interpreter.
@@ -9,10 +9,13 @@ the rotary embedding are taken nevertheless, with their Triton kernels in the in
 from __future__ import annotations
 
 import functools
+import importlib
 import math
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 from typing import Any, Optional
 
 import sglang_cpu
@@ -92,7 +95,7 @@ KERNELS = Kernels()
 kernels.SETTINGS.listener = KERNELS.record
 kernels.SETTINGS.dtype = torch.float64
 kernels.SETTINGS.any_head_dim = True
-# As SGLang merges them; what base 2 does to a server is in the end-to-end tests.
+# As the unpatched SGLang merges them; base 2 is in test_lse_base.py.
 kernels.SETTINGS.natural_lse = True
 TOKENSPEED = tokenspeed_module()
 
@@ -238,6 +241,55 @@ def _fixup_zero_kv_rows(out, lse, kv_lens, cum_seq_lens, max_seq_len) -> None:
             lse[starts[i] : starts[i + 1]] = -math.inf
 
 
+def _sgl_kernel() -> ModuleType:
+    """Stands in for sgl_kernel, a package of CUDA kernels: what SGLang's FlashAttention
+    backend imports of it. An MLA prefill needs neither attention over a paged cache nor
+    the scheduler."""
+    package = ModuleType("sgl_kernel", _sgl_kernel.__doc__)
+    # Without one, importlib.util.find_spec raises.
+    package.__spec__ = ModuleSpec("sgl_kernel", loader=None)
+    package.merge_state_v2 = merge_state
+    package.flash_attn = ModuleType("sgl_kernel.flash_attn")
+    package.flash_attn.flash_attn_varlen_func = kernels.flash_attn_varlen_func
+    package.flash_attn.flash_attn_with_kvcache = None
+    package.flash_attn.get_scheduler_metadata = None
+    return package
+
+
+def _install_sgl_kernel() -> bool:
+    """Let SGLang import sgl_kernel; True where its FlashAttention-3 runs."""
+    try:
+        importlib.import_module("sgl_kernel.flash_attn")
+    except ImportError:
+        package = _sgl_kernel()
+        sys.modules.setdefault("sgl_kernel", package)
+        sys.modules["sgl_kernel.flash_attn"] = package.flash_attn
+        return False
+    return HAS_GPU and torch.cuda.get_device_capability() == (9, 0)
+
+
+HAS_FA3 = _install_sgl_kernel()
+
+
+def runs_fa3(call: KernelCall) -> bool:
+    """Whether the call is of FlashAttention-3's own kernel, not of its stand-in."""
+    dims = (call.q.shape[-1], call.v.shape[-1])
+    return HAS_FA3 and call.name == "flash_attn_varlen_func" and dims == (192, 128)
+
+
+def _recorded(flash_attn_varlen_func):
+    """FlashAttention-3's own kernel where it runs; its stand-in, which checks and records
+    what it is handed, everywhere."""
+
+    def recorded(**arguments):
+        result = kernels.flash_attn_varlen_func(**arguments)
+        if arguments["ver"] == 3 and runs_fa3(KERNELS.calls[-1]):
+            result = flash_attn_varlen_func(**arguments)
+        return result
+
+    return recorded
+
+
 # What a CPU has of FlashInfer; also for modules that import it only beside a GPU.
 FLASHINFER = SimpleNamespace(
     prefill=SimpleNamespace(
@@ -253,6 +305,11 @@ FLASHINFER = SimpleNamespace(
 
 
 def _install_stand_ins() -> None:
+    from sglang.srt.layers.attention import flashattention_backend
+
+    flashattention_backend.flash_attn_varlen_func = _recorded(
+        flashattention_backend.flash_attn_varlen_func
+    )
     tokenspeed_mla_backend.tokenspeed_mla = TOKENSPEED
     tokenspeed_mla_backend.is_tokenspeed_mla_available = lambda: True
     if HAS_GPU:

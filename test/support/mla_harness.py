@@ -14,6 +14,7 @@ Nothing here asks whether the imported SGLang is patched.
 
 from __future__ import annotations
 
+import bisect
 import os
 import sys
 from collections import Counter
@@ -41,10 +42,15 @@ from sglang.srt.batch_overlap.two_batch_overlap import (
     TboForwardBatchPreparer,
     compute_split_seq_index,
 )
+from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.distributed import parallel_state
 from sglang.srt.environ import envs
 from sglang.srt.layers import dp_attention
-from sglang.srt.layers.attention import tokenspeed_mla_backend, trtllm_mla_backend
+from sglang.srt.layers.attention import (
+    flashattention_backend,
+    tokenspeed_mla_backend,
+    trtllm_mla_backend,
+)
 from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import (
     HybridLinearAttnBackend,
@@ -98,7 +104,9 @@ class Env:
 
     @property
     def scales(self) -> tuple[float, float]:
-        """k_scale and v_scale of the checkpoint."""
+        """k_scale and v_scale of the checkpoint; fa3 ignores them."""
+        if self.server_args.attention_backend == "fa3":
+            return 1.0, 1.0
         attn = self.attn.attn_mha
         scales = attn.k_scale_float, attn.v_scale_float
         return tuple(1.0 if scale is None else scale for scale in scales)
@@ -236,8 +244,7 @@ def make_env(
     args = make_server_args(
         backend,
         page_size=page_size,
-        kv_cache_dtype=CACHE_DTYPE_NAMES[cache_dtype],
-        **server_args,
+        **{"kv_cache_dtype": CACHE_DTYPE_NAMES[cache_dtype], **server_args},
     )
     server_args_module.set_global_server_args_for_scheduler(args)
     _init_distributed()
@@ -245,8 +252,9 @@ def make_env(
     for name, value in (("k_scale", k_scale), ("v_scale", v_scale)):
         if value is not None:
             scale = torch.tensor(value, dtype=torch.float32, device=DEVICE)
-            setattr(attn.attn_mha, name, scale)
-            setattr(attn.attn_mha, f"{name}_float", value)
+            for layer in (attn.attn_mha, attn.attn_mqa):
+                setattr(layer, name, scale)
+                setattr(layer, f"{name}_float", value)
     modify_layer(attn)
     pool = pool_class(
         size=slots,
@@ -265,8 +273,13 @@ def make_env(
         enable_memory_saver=False,
     )
     model_config = SimpleNamespace(
+        attention_arch=AttentionArch.MLA,
+        is_encoder_decoder=False,
+        is_local_attention_model=False,
+        hf_text_config=SimpleNamespace(num_attention_heads=dims.heads),
         num_attention_heads=dims.heads,
         get_num_kv_heads=lambda tp_size: dims.heads // tp_size,
+        head_dim=dims.nope + dims.rope,
         kv_lora_rank=dims.lora,
         qk_nope_head_dim=dims.nope,
         qk_rope_head_dim=dims.rope,
@@ -284,6 +297,9 @@ def make_env(
         dtype=dtype,
         kv_cache_dtype=cache_dtype,
         page_size=page_size,
+        tp_size=1,
+        attn_cp_size=1,
+        sliding_window_size=None,
         req_to_token_pool=req_to_token_pool,
         token_to_kv_pool=pool,
         server_args=args,
@@ -297,6 +313,7 @@ def make_backend(env: Env, name: str):
     """Another backend on the same pools, as two-batch overlap builds its children."""
     env.activate()
     classes = {
+        "fa3": flashattention_backend.FlashAttentionBackend,
         "tokenspeed_mla": tokenspeed_mla_backend.TokenspeedMLABackend,
         "trtllm_mla": trtllm_mla_backend.TRTLLMMLABackend,
     }
@@ -372,11 +389,12 @@ def make_batch(
     *,
     pad_rows: int = 0,
     chunks: Optional[int] = None,
+    paged: bool = False,
     seed: int = 0,
 ) -> Batch:
     """A batch with shuffled slots and a cache full of random rows.
 
-    `chunks` forces the longest prefix into that many chunks; `pad_rows` adds the rows
+    `paged` gives each request one page, as the absorbed path reads them; `chunks` forces the longest prefix into that many chunks; `pad_rows` adds the rows
     of data-parallel padding. No requests make the idle batch of a rank without work.
     """
     extend_lens = list(extend_lens)
@@ -391,6 +409,11 @@ def make_batch(
         raise ValueError(f"{needed} tokens do not fit in {pool.size} slots")
     slots = page + torch.randperm(pool.size, generator=generator)[:needed]
     new, *old = slots.split([tokens, *prefix_lens])
+    if paged:
+        pages = (page * (i + 1) + torch.arange(page) for i in range(len(extend_lens)))
+        spans = [*zip(pages, prefix_lens, extend_lens)]
+        old = [slots[:p] for slots, p, _ in spans]
+        new = torch.cat([slots[p : p + n] for slots, p, n in spans])
     rows = torch.randn(pool.kv_buffer[0].shape, generator=generator)
     hidden = torch.randn(tokens, hidden_size, generator=generator)
     # What data-parallel padding holds is arbitrary: ones, so that nothing cancels.
@@ -590,7 +613,8 @@ class Scenario:
     """One run: what `make_env` and `make_batch` get, and what is special.
 
     `how` runs it; `change` changes the layer's pools or backend before; `environ` is set
-    while the layer and its backend are built.
+    while the layer and its backend are built. A prefix of one token is enough for fa3 to
+    attend by MHA, as one of 8192 tokens in a server.
     """
 
     env: dict[str, Any] = field(default_factory=dict)
@@ -603,7 +627,8 @@ class Scenario:
         return replace(self, env={**self.env, "backend": backend})
 
     def build(self) -> tuple[Env, Batch]:
-        with mock.patch.dict(os.environ, self.environ):
+        threshold = {"SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD": "1"}
+        with mock.patch.dict(os.environ, {**threshold, **self.environ}):
             env = make_env(**{"dims": TINY, **self.env})
             if self.change is not None:
                 self.change(env)
@@ -652,31 +677,82 @@ def expected(env: Env, batch: Batch) -> reference.PrefillResult:
     return reference.expected_prefill(layer_inputs(env, batch), *_scale_invs(env))
 
 
+def _cached_kv(
+    env: Env, cache: torch.Tensor, slots: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """k and v of cached rows, in float64, by the layer's own projection; divided by their
+    scales."""
+    dims, (k_scale_inv, v_scale_inv) = env.dims, _scale_invs(env)
+    rows = cache.view(env.pool.dtype)[slots, 0].to(env.dtype)
+    latent, k_pe = rows.split([dims.lora, dims.rope], dim=-1)
+    with torch.no_grad():
+        kv = env.attn.kv_b_proj(latent.contiguous())[0]
+    k_nope, v = kv.view(-1, dims.heads, dims.nope + dims.v).split(
+        [dims.nope, dims.v], dim=-1
+    )
+    k_pe = k_pe.unsqueeze(1).expand(-1, dims.heads, -1)
+    k = torch.cat([k_nope, k_pe], dim=-1).double()
+    return k * k_scale_inv, v.double() * v_scale_inv
+
+
 def expected_chunks(env: Env, batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """k and v of each prefix chunk, in float64, by the layer's own projection of what the
-    cache holds; divided by their scales."""
-    dims, done, chunks = env.dims, [0] * len(batch.prefix_lens), []
-    k_scale_inv, v_scale_inv = _scale_invs(env)
-    cache = batch.cache_before.view(env.pool.dtype)
+    """k and v of each prefix chunk, of what the cache holds before the batch."""
+    done, chunks = [0] * len(batch.prefix_lens), []
     for lens in batch.chunk_lens():
         slots = [s[d : d + n] for s, d, n in zip(batch.prefix_slots, done, lens)]
         done = [d + n for d, n in zip(done, lens)]
-        rows = cache[torch.cat(slots), 0].to(env.dtype)
-        latent, k_pe = rows.split([dims.lora, dims.rope], dim=-1)
-        with torch.no_grad():
-            kv = env.attn.kv_b_proj(latent.contiguous())[0]
-        k_nope, v = kv.view(-1, dims.heads, dims.nope + dims.v).split(
-            [dims.nope, dims.v], dim=-1
-        )
-        k_pe = k_pe.unsqueeze(1).expand(-1, dims.heads, -1)
-        k = torch.cat([k_nope, k_pe], dim=-1).double()
-        chunks.append((k * k_scale_inv, v.double() * v_scale_inv))
+        chunks.append(_cached_kv(env, batch.cache_before, torch.cat(slots)))
     return chunks
 
 
-def expected_attention(env: Env, batch: Batch) -> torch.Tensor:
+def expected_causal(
+    env: Env, batch: Batch, result: Result
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """q, k and v of each causal call of the kernel, in float64.
+
+    q is of the call's tokens. So are k and v, but where MHA_ONE_SHOT attends to a prefix
+    in the same call: they are then of all that the requests have in the cache afterwards.
+    """
+    exact, starts, calls, row = expected(env, batch), cumulate(batch.extend_lens), [], 0
+    new = batch.out_cache_loc[: batch.tokens].split(batch.extend_lens)
+    slots = [torch.cat(both) for both in zip(batch.prefix_slots, new)]
+    for call in result.calls:
+        if not call.causal:
+            continue
+        ends = [row + n for n in call.cu_q]
+        q, k, v = (x[row : ends[-1]] for x in exact[:3])
+        cached = []
+        for first, end in zip(ends, ends[1:]):
+            i = bisect.bisect(starts, first) - 1
+            cached.append(slots[i][: batch.prefix_lens[i] + end - starts[i]])
+        cached = torch.cat(cached)
+        if result.method == "MHA_ONE_SHOT" and len(cached) > len(q):
+            k, v = _cached_kv(env, result.cache, cached)
+        calls.append((q, k, v))
+        row = ends[-1]
+    return calls
+
+
+def expected_attention(env: Env, batch: Batch, result: Result) -> torch.Tensor:
     """Attention of the real tokens over prefix and extension, in float64, of operands
     rounded to FP8."""
+    k_scale, v_scale = env.scales
+
+    def attention(q, k, v, cu_q, cu_kv) -> torch.Tensor:
+        out, _ = kernels.ragged_attention(
+            *(reference.round_to_fp8(x, torch.float8_e4m3fn) for x in (q, k, v)),
+            cu_q,
+            cu_kv,
+            env.attn.scaling * k_scale,
+            causal=True,
+            dtype=torch.float64,
+        )
+        return out * v_scale
+
+    if result.method == "MHA_ONE_SHOT":
+        calls = [call for call in result.calls if call.causal]
+        parts = zip(expected_causal(env, batch, result), calls)
+        return torch.cat([attention(*x, call.cu_q, call.cu_kv) for x, call in parts])
     exact, n = expected(env, batch), batch.tokens
     keys = [[] for _ in batch.prefix_lens]
     values = [[] for _ in batch.prefix_lens]
@@ -686,23 +762,9 @@ def expected_attention(env: Env, batch: Batch) -> torch.Tensor:
         for i, (some_k, some_v) in enumerate(zip(k.split(lens), v.split(lens))):
             keys[i].append(some_k)
             values[i].append(some_v)
-    lens = [sum(map(len, request)) for request in keys]
-    k_scale, v_scale = env.scales
-    q, k, v = (
-        reference.round_to_fp8(x, torch.float8_e4m3fn).double()
-        for x in (exact.q[:n], torch.cat(sum(keys, [])), torch.cat(sum(values, [])))
-    )
-    out, _ = kernels.ragged_attention(
-        q,
-        k,
-        v,
-        cumulate(batch.extend_lens),
-        cumulate(lens),
-        env.attn.scaling * k_scale,
-        causal=True,
-        dtype=torch.float64,
-    )
-    return out * v_scale
+    cu_kv = cumulate([sum(map(len, request)) for request in keys])
+    k, v = torch.cat(sum(keys, [])), torch.cat(sum(values, []))
+    return attention(exact.q[:n], k, v, cumulate(batch.extend_lens), cu_kv)
 
 
 def relative_error(actual: torch.Tensor, wanted: torch.Tensor) -> float:

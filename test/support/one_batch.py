@@ -30,6 +30,7 @@ sys.path.append(str(ROOT / "python/sglang/jit_kernel/tests"))
 import fp8_reference as reference
 
 from sglang.srt import server_args
+from sglang.srt.distributed import parallel_state
 from sglang.srt.layers.attention import mla_fp8_prefill as hook
 from sglang.srt.layers.attention import mla_fp8_prefill_internals as internals
 from sglang.srt.layers.attention import trtllm_mla_backend
@@ -115,6 +116,7 @@ class Batch:
         )
         self.layer = Layer(self.inputs, rotary, attn)
         self.backend = backend.__new__(backend)
+        self.is_fa3 = isinstance(self.backend, hook.FA3FP8PrefillMixin)
         vars(self.backend).update(
             data_type=FP8,
             q_data_type=torch.bfloat16,
@@ -125,11 +127,21 @@ class Batch:
             num_local_heads=DIMS.heads,
             device="cpu",
             skip_prefill=False,
+            disable_chunked_prefix_cache=True,
             token_to_kv_pool=self.pool,
             forward_prefill_metadata=SimpleNamespace(fallback_to_flashinfer_impl=False),
             num_prefill_tokens=TOKENS,
             workspace_buffer=None,
         )
+        if self.is_fa3:
+            vars(self.backend).update(
+                use_mla=True,
+                fa_impl_ver=3,
+                kv_cache_dtype=FP8,
+                kv_cache_dtype_str="fp8_e4m3",
+                attn_cp_size=1,
+                forward_metadata=object(),
+            )
         vars(self.backend).update(changes)
         # SGLang's own path: its hook, where it has one, or RoPE by itself.
         self.has_own_hook = BESIDE_A_HOOK and hasattr(backend, "prepare_prefill_qkv")
@@ -153,7 +165,21 @@ class Batch:
             prefix_chunk_starts_cpu=[None],
         )
         os.environ[hook.envs.SGLANG_MLA_FP8_PREFILL.name] = producer
-        self.backend.init_fp8_prefill(SimpleNamespace(token_to_kv_pool=self.pool))
+        config = SimpleNamespace(
+            num_attention_heads=DIMS.heads,
+            kv_lora_rank=DIMS.lora,
+            qk_nope_head_dim=DIMS.nope,
+            qk_rope_head_dim=self.backend.qk_rope_head_dim,
+            v_head_dim=DIMS.v,
+        )
+        self.backend.init_fp8_prefill(
+            SimpleNamespace(
+                token_to_kv_pool=self.pool,
+                model_config=config,
+                dtype=torch.bfloat16,
+                server_args=SimpleNamespace(),
+            )
+        )
 
     def __call__(self):
         """What the model makes of it: q, k, v."""
@@ -187,8 +213,10 @@ class Batch:
         self.backend.forward_prefill_metadata = SimpleNamespace(
             fallback_to_flashinfer_impl=False
         )
+        self.backend.forward_metadata = object()
         before = self.pool.kv_buffer[0].clone()
-        takes = self.backend.takes_prefill(self.layer, self.forward_batch)
+        takes = self.backend.takes_prefill
+        takes = takes and takes(self.layer, self.forward_batch)
         try:
             self()
         except Stop:
@@ -199,6 +227,8 @@ class Batch:
 
     def expected(self) -> reference.PrefillResult:
         scale_invs = [1 / (scale or 1.0) for scale in self.scales()]
+        if self.is_fa3:
+            scale_invs = 1.0, 1.0
         return reference.expected_prefill(self.inputs, *scale_invs)
 
     def scales(self):
@@ -207,14 +237,14 @@ class Batch:
 
 def check_names(backend: type) -> None:
     """The patch's methods hide none of SGLang's, nor these the patch's."""
-    mixin = hook.MLAFP8PrefillMixin
-    ours = {name for name in vars(mixin) if not name.startswith("__")}
+    mixins = hook.MLAFP8PrefillMixin, hook.FA3FP8PrefillMixin
+    ours = {name for one in mixins for name in vars(one) if not name.startswith("__")}
     # Set by the patch itself, in these classes.
-    allowed = {"prefill_kernel_has_kv_scales"}
+    allowed = {"prefill_kernel_has_v_scale", "prefill_kernel_lse_base"}
     if not BESIDE_A_HOOK:
         allowed.add("prepare_prefill_qkv")
     for base in backend.__mro__:
-        assert base is mixin or vars(base).keys() & ours <= allowed, base
+        assert base in mixins or vars(base).keys() & ours <= allowed, base
 
 
 def check_taken(batch: Batch, slot_0_stays: bool) -> None:
@@ -249,20 +279,95 @@ def check_chunks(batch: Batch) -> None:
         assert k.dtype == v.dtype == torch.bfloat16
 
 
-def check_scales(backend: type) -> None:
-    """The kernel gets back the scales that the hook has divided by."""
-    batch = Batch(backend, scales=SCALES)
+def run_kernel(batch: Batch, **operands) -> dict:
+    """What the backend hands to its prefill kernel, and the `result` of both."""
     handed = {}
-    kernel = SimpleNamespace(trtllm_ragged_attention_deepseek=handed.update)
-    trtllm_mla_backend.flashinfer = SimpleNamespace(prefill=kernel)
+
+    def kernel(**kwargs):
+        handed.update(kwargs)
+        return torch.ones(TOKENS, DIMS.heads, DIMS.v)
+
     names = "batch_size cum_seq_lens_q max_q_len seq_lens_kv cum_seq_lens_kv max_kv_len"
     rest = dict.fromkeys([*names.split(), "is_causal", "return_lse", "out_buffer"], 1)
+    trtllm_mla_backend.flashinfer = SimpleNamespace(
+        prefill=SimpleNamespace(trtllm_ragged_attention_deepseek=kernel)
+    )
+    module = sys.modules[type(batch.backend).__module__]
+    if hasattr(module, "is_arch_support_pdl"):
+        module.is_arch_support_pdl = lambda: False
+    if hasattr(module, "TokenspeedMLABackend"):
+        module.tokenspeed_mla = SimpleNamespace(tokenspeed_mla_prefill=kernel)
+    result = batch.backend._run_padded_prefill_kernel(
+        layer=batch.layer.attn_mha, **operands, **rest
+    )
+    return handed | {"result": result}
+
+
+def check_scales(backend: type) -> None:
+    """What the hook has divided by is multiplied by, in the kernel or after it."""
+    batch = Batch(backend, scales=SCALES)
     q, k, v = batch()
-    run = batch.backend._run_prefill_kernel
-    run(q=q, k=k, v=v, layer=batch.layer.attn_mha, **rest)
-    assert handed["query"] is q and handed["key"].dtype == FP8
-    assert handed["bmm1_scale"] == SCALES[0] * batch.layer.attn_mha.scaling
-    assert handed["bmm2_scale"] == SCALES[1]
+    handed = run_kernel(batch, q=q, k=k, v=v)
+    assert handed["query"].dtype == handed["key"].dtype == FP8
+    scaling = batch.layer.attn_mha.scaling
+    if backend.prefill_kernel_has_v_scale:
+        assert handed["bmm1_scale"] == SCALES[0] * scaling
+        assert handed["bmm2_scale"] == SCALES[1] and handed["result"].eq(1).all()
+    else:
+        assert handed["softmax_scale"] == SCALES[0] * scaling
+        assert handed["result"].eq(SCALES[1]).all()
+    if batch.has_own_hook:
+        # SGLang's own divides by none, and tokenspeed_mla's kernel knows none.
+        batch.backend._process_reason = "off"
+        with contextlib.suppress(Stop):
+            batch()
+        assert batch.backend.prefill_kv_scales == (1.0, 1.0)
+        handed = run_kernel(batch, q=q, k=k, v=v)
+        assert handed.get("softmax_scale", scaling) == scaling
+        assert handed["result"].eq(1).all()
+
+
+def check_decode_scale(backend: type) -> None:
+    """No row of the KV cache has been divided by k_scale; off, SGLang's own result."""
+    for producer, k_scale in (("fused", 1.0), ("off", SCALES[0])):
+        batch = Batch(backend, producer, scales=SCALES)
+        attn = batch.layer.attn_mha
+        scale = batch.backend._compute_decode_bmm1_scale(attn)
+        assert scale == k_scale * attn.scaling
+        module = sys.modules[backend.__module__]
+        if not hasattr(module, "TokenspeedMLABackend"):
+            continue
+        handed = {}
+        module.tokenspeed_mla = SimpleNamespace(tokenspeed_mla_decode=handed.update)
+        module.is_arch_support_pdl = lambda: False
+        batch.backend._ensure_workspace = lambda device: None
+        batch.backend._tokenspeed_workspace = None
+        query, lens = batch.inputs["q"], torch.ones(1, dtype=torch.int32)
+        batch.backend._run_decode_kernel(query, query, None, lens, 1, attn)
+        assert handed["softmax_scale"] == k_scale * attn.scaling
+        assert handed["output_scale"] == k_scale
+
+
+def check_one_shot(backend: type) -> None:
+    """FlashAttention-3 attends to prefix and new tokens at once."""
+    batch = Batch(backend)
+    inputs = batch.inputs
+    batch.forward_batch.mha_one_shot = True
+    batch.forward_batch.extend_prefix_lens_cpu = [3]
+    batch.forward_batch.fetch_mha_one_shot_kv_indices = lambda: None
+    batch.layer._get_mla_kv_buffer = lambda indices, dtype, forward_batch: (
+        inputs["kv_a"],
+        inputs["k_pe"],
+    )
+    q, k, v = batch()
+    reference.assert_fp8(q, batch.expected().q)
+    kv, k_pe = inputs["kv"], inputs["k_pe"].expand(-1, DIMS.heads, -1)
+    reference.assert_fp8(k, torch.cat([kv[..., : DIMS.nope], k_pe], dim=-1).double())
+    reference.assert_fp8(v, kv[..., DIMS.nope :].double())
+    others = Batch(backend)
+    others.backend.fa_impl_ver = 4
+    others.backend.init_fp8_prefill(None)
+    assert others.declines()
 
 
 def graph_contexts():
@@ -339,20 +444,29 @@ def main(backends: list[str]) -> None:
     sys.modules["sglang.srt.layers.attention.merge_state"] = SimpleNamespace(
         merge_state=None
     )
+    # For GPUs; the backends import them and nothing here calls them.
+    for name in ("sgl_kernel", "sgl_kernel.flash_attn"):
+        sys.modules[name] = ModuleType(name)
+        sys.modules[name].__getattr__ = lambda name: None
+    parallel_state._ATTN_TP = SimpleNamespace(world_size=1)
     hook.is_flashinfer_available = lambda: True  # for `composed`, which needs no RoPE
     for name in backends:
         module, name = name.split(":")
         module = importlib.import_module(f"sglang.srt.layers.attention.{module}")
         backend = getattr(module, name)
         check_names(backend)
-        check_taken(Batch(backend), slot_0_stays=True)
+        is_fa3 = issubclass(backend, hook.FA3FP8PrefillMixin)
+        check_taken(Batch(backend), slot_0_stays=not is_fa3)
         composed = Batch(backend, "composed")
         # As some pools do, from 0.5.22 on.
         composed.pool.requires_physical_write_loc = True
         check_taken(composed, slot_0_stays=False)
         check_chunks(Batch(backend))
-        if backend.prefill_kernel_has_kv_scales:
+        if is_fa3:
+            check_one_shot(backend)
+        else:
             check_scales(backend)
+            check_decode_scale(backend)
         check_declined(backend)
     print(*sorted(check_pools()))
 

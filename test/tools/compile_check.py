@@ -63,6 +63,7 @@ PREFILL_OPTIONS = [
     dict(fp8_dtype=torch.float8_e5m2),
     dict(scale=0.5),
     dict(scale=torch.tensor(0.5)),
+    dict(kv=None),
 ]
 
 
@@ -116,6 +117,7 @@ def call(job: Job) -> None:
     options = dict(job.options)
     fp8_dtype = options.pop("fp8_dtype", torch.float8_e4m3fn)
     scale = options.pop("scale", 1.0)
+    without = {name: options.pop(name) for name in ("kv",) if name in options}
     x = prefill_inputs(dims, tokens=2, **options)
     x.update({name: x[name].contiguous() for name in ("q", "kv", "kv_a")})
     k_nope, v = x["kv"][..., : dims.nope], x["kv"][..., dims.nope :]
@@ -124,7 +126,10 @@ def call(job: Job) -> None:
     if job.operation == "prefill":
         x["kv_cache"] = x["kv_cache"].view(fp8_dtype)
         mla_prefill_quantize_fp8(
-            **x, k_scale_inv=scale, v_scale_inv=scale, fp8_dtype=fp8_dtype
+            **{**x, **without},
+            k_scale_inv=scale,
+            v_scale_inv=scale,
+            fp8_dtype=fp8_dtype,
         )
     elif job.operation == "pack":
         mla_kv_pack_quantize_fp8(k_nope, x["k_pe"], v)

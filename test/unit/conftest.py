@@ -92,15 +92,21 @@ def unpatched(unpatched_results):
 
 @pytest.fixture
 def log(caplog, monkeypatch):
-    """A function that gives the lines that the hook has logged, as in a new process."""
+    """A function that gives the lines that the hook has logged, as in a new process; or
+    those about something else that its module logs."""
     from sglang.jit_kernel.utils import cache_once
     from sglang.srt.layers.attention import mla_fp8_prefill
 
     name = mla_fp8_prefill.__name__
     log_once = cache_once(mla_fp8_prefill._log_once.__wrapped__)
     monkeypatch.setattr(mla_fp8_prefill, "_log_once", log_once)
+
+    def lines(about: str = "FP8 prefill preparation") -> list[str]:
+        found = [r.getMessage() for r in caplog.records if r.name == name]
+        return [line for line in found if about in line]
+
     with caplog.at_level(logging.INFO, logger=name):
-        yield lambda: [r.getMessage() for r in caplog.records if r.name == name]
+        yield lines
 
 
 @pytest.fixture

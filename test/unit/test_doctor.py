@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sglang_cpu import HAS_GPU
+from sglang_cpu import DEVICE, HAS_GPU
 
 from prefill_patch import SOURCE, cli, doctor, selftest
 from prefill_patch.doctor import FAIL, OK, UNKNOWN, Check
@@ -171,6 +171,95 @@ def test_switch(value, mark, text):
     assert check.mark == mark and text in check.text
 
 
+class TestLogSumExp:
+    """The static check, and what trtllm_mla finds on the stand-in for its kernel."""
+
+    SOURCE = "data/include/flashinfer/trtllm/fmha/lse.cuh"
+
+    @pytest.mark.parametrize(
+        "source, base",
+        [("math::log2e * m + log2f(d)", "2"), ("m + logf(d)", None), (None, None)],
+    )
+    def test_source(self, source, base, tmp_path, monkeypatch):
+        monkeypatch.setattr(sys, "path", [str(tmp_path)])
+        monkeypatch.delitem(sys.modules, "flashinfer", raising=False)
+        package = tmp_path / "flashinfer"
+        package.mkdir()
+        (package / "__init__.py").write_text("raise SystemExit('imported')")
+        if source:
+            file = package / self.SOURCE
+            file.parent.mkdir(parents=True)
+            file.write_text(source)
+        assert doctor.flashinfer_lse_base() == base
+
+    def test_no_flashinfer(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(sys, "path", [str(tmp_path)])
+        monkeypatch.delitem(sys.modules, "flashinfer", raising=False)
+        assert doctor.flashinfer_lse_base() is None
+
+    @pytest.mark.parametrize(
+        "value, in_source, mark, text",
+        [
+            (None, "2", OK, "is auto; FlashInfer's lse.cuh writes base 2"),
+            ("AUTO", None, OK, "lse.cuh writes a base that is not known"),
+            ("2", "2", OK, "is 2; FlashInfer's lse.cuh writes base 2"),
+            ("e", None, OK, "is e; FlashInfer's"),
+            ("e", "2", FAIL, "would be wrong, unset it"),
+            ("", "2", FAIL, "must be auto, 2 or e, got '': a server would not start"),
+        ],
+    )
+    def test_setting(self, value, in_source, mark, text):
+        environ = {} if value is None else {doctor.LSE_SWITCH: value}
+        check = doctor.check_lse(environ, in_source)
+        assert check.mark == mark and text in check.text
+
+    def find(self, natural, monkeypatch, **environ) -> Check:
+        from gpu_stand_ins import kernels
+
+        monkeypatch.setattr(kernels.SETTINGS, "natural_lse", natural)
+        return selftest.attempt("", selftest.check_lse_base, environ, DEVICE)
+
+    @pytest.mark.parametrize(
+        "natural, setting, mark, text",
+        [
+            (False, "auto", OK, "returns base 2 here"),
+            (False, "2", OK, "returns base 2 here"),
+            (True, "auto", OK, "returns base e here"),
+            (True, "2", FAIL, "base e here, not 2: unset SGLANG_MLA_FP8_PREFILL_LSE"),
+        ],
+    )
+    def test_found(self, natural, setting, mark, text, monkeypatch):
+        check = self.find(natural, monkeypatch, **{doctor.LSE_SWITCH: setting})
+        assert check.mark == mark and text in check.text
+
+    def test_neither(self, monkeypatch):
+        from sglang.srt.layers.attention import trtllm_mla_backend
+
+        def kernel(*, query, **_):
+            return query, torch.zeros(query.shape[:2], device=query.device)
+
+        name = "trtllm_ragged_attention_deepseek"
+        monkeypatch.setattr(trtllm_mla_backend.flashinfer.prefill, name, kernel)
+        check = self.find(False, monkeypatch)
+        assert check.mark == FAIL and "256 equal keys" in check.text
+
+    @pytest.mark.parametrize(
+        "gpus, backend, finds",
+        [
+            ([Gpu("B200", 100)], "trtllm_mla", True),
+            ([Gpu("B200", 100)], "tokenspeed_mla", False),
+            ([Gpu("B200", 100), Gpu("H200", 90)], "trtllm_mla", False),
+            ([], "trtllm_mla", False),
+        ],
+    )
+    def test_where(self, gpus, backend, finds, monkeypatch):
+        monkeypatch.setattr(selftest, "visible_gpus", lambda: (gpus, "none"))
+        monkeypatch.setattr(selftest, "check_lse_base", lambda environ: (OK, "found"))
+        monkeypatch.setattr(selftest, "check_kernels", lambda reference: [])
+        found = [check.text for check in selftest.run([backend], True)]
+        assert ("found" in found) == finds
+
+
 class TestVersions:
     def check(self, root: Path, backends=tuple(BASE.backends)) -> dict[str, Check]:
         target = Target(root, "sglang", "0.5.12.post1")
@@ -244,7 +333,7 @@ class TestVerdict:
 
     @pytest.fixture(autouse=True)
     def host(self, packages, patched, monkeypatch):
-        for name in (doctor.SWITCH, "PYTHONDONTWRITEBYTECODE"):
+        for name in (doctor.SWITCH, doctor.LSE_SWITCH, "PYTHONDONTWRITEBYTECODE"):
             monkeypatch.delenv(name, raising=False)
         self.found = Inspection(open_target(patched), BASE, State.APPLIED, ())
         monkeypatch.setattr(doctor, "inspect", lambda patch, target: self.found)
@@ -267,6 +356,7 @@ class TestVerdict:
         last = capfd.readouterr().out.splitlines()[-1]
         assert last.startswith("verdict: ready")
         assert "--attention-backend trtllm_mla or tokenspeed_mla and" in last
+        assert "without prefill CUDA graphs unless" in last
 
     def test_one_backend(self, packages, capfd):
         (packages / "tokenspeed_mla.dist-info/METADATA").unlink()

@@ -390,6 +390,14 @@ class TestPair:
         assert row["off"]["differing"] > 100
         assert len(row["problems"]) == 1 and "hook off" in row["problems"][0]
 
+    def test_base_2_merged_as_natural_must_be_further_off(self, tmp_path, monkeypatch):
+        case = pairs.Case("base-2 LSE", "trtllm_mla", natural=False)
+        (problem,) = run_pair(tmp_path, monkeypatch, case)["problems"]
+        assert "no nearer to transformers" in problem
+        wrong = {"noise": 0.06}
+        row = run_pair(tmp_path, monkeypatch, case, unpatched=wrong)
+        assert row["problems"] == []
+
     @pytest.mark.parametrize(
         "fault, says",
         [
@@ -405,6 +413,15 @@ class TestPair:
         case = pairs.Case("by rank", "trtllm_mla", padding=True)
         (problem,) = run_pair(tmp_path, monkeypatch, case)["problems"]
         assert "no batch was padded" in problem
+
+
+def test_the_unpatched_server_may_have_a_model_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs, "Server", lambda folder, site, model, *more: model)
+    trees = SimpleNamespace(patched=None, unpatched=None)
+    run = SimpleNamespace(trees=trees, folder=tmp_path, model=lambda kind: kind)
+    case = pairs.Case("scales", "tokenspeed_mla", model="a", unpatched_model="b")
+    models = [pairs.Run.server(run, case, side, (0,)) for side in pairs.SIDES]
+    assert models == ["b", "a"]
 
 
 def test_ranks_may_miss_the_cache_but_not_always(tmp_path):

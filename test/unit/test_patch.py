@@ -935,7 +935,7 @@ def program(code: str) -> str:
     the indentation of docstrings, parentheses after `del`."""
     tree = ast.parse(code.removeprefix("\ufeff"))
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef)):
+        if isinstance(getattr(node, "body", None), list):
             node.body = [
                 one for one in node.body if getattr(one, "name", "") != "added"
             ]

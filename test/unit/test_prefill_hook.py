@@ -17,9 +17,11 @@ from sglang.jit_kernel import (
     mla_prefill_quantize_fp8,
 )
 from sglang.jit_kernel.fixup_zero_kv import fixup_zero_kv_rows
+from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.environ import envs
 from sglang.srt.layers.attention import mla_fp8_prefill
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
 from sglang.srt.layers.attention.mla_fp8_prefill import (
     prefix_chunk_packing,
     prepare_prefill_qkv,
@@ -35,7 +37,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 E4M3 = torch.float8_e4m3fn
 SWITCH = "SGLANG_MLA_FP8_PREFILL"
 
-on_both = pytest.mark.parametrize("backend", BACKENDS)
+on_each = pytest.mark.parametrize("backend", BACKENDS)
 with_each_producer = pytest.mark.parametrize("producer", ["fused", "composed"])
 
 
@@ -178,7 +180,7 @@ class TestPools:
         make_env(TINY, "trtllm_mla", pool_class=pool_class)
         assert log() == [f"TRTLLMMLABackend: FP8 prefill preparation {outcome}"]
 
-    @on_both
+    @on_each
     def test_is_that_of_the_batch(self, backend, flashinfer):
         flashinfer(False)
         call = hook_call(backend)
@@ -190,19 +192,18 @@ class TestPools:
 
 
 class TestDeclines:
-    @on_both
-    def test_touch_nothing_and_are_logged_once(self, backend, log):
+    @on_each
+    def test_touch_nothing_and_are_logged_once(self, backend, log, monkeypatch):
+        monkeypatch.setattr(mla_fp8_prefill, "in_cuda_graph", lambda: True)
         call = hook_call(backend)
-        call.forward_batch.mha_one_shot = True
-        call.forward_batch.extend_prefix_lens_cpu = [4, 0]
         for _ in range(2):
             call.new_metadata()
             assert call() is None and call() is None
         call.assert_nothing_touched()
-        reason = "declines a batch: one-shot attention over a prefix"
+        reason = "declines a batch: CUDA graph"
         assert [line.endswith(reason) for line in log()] == [False, True]
 
-    @on_both
+    @on_each
     def test_a_batch_is_decided_once_for_all_layers(self, backend, monkeypatch):
         asked = []
         monkeypatch.setattr(mla_fp8_prefill, "in_cuda_graph", lambda: asked.append(1))
@@ -230,7 +231,13 @@ class TestSwitch:
         start = "TokenspeedMLABackend: FP8 prefill preparation"
         assert log() == [f"{start} declined: {SWITCH}=off"]
 
-    @on_both
+    def test_off_keeps_the_refusal_of_scales(self, monkeypatch):
+        monkeypatch.setenv(SWITCH, "off")
+        env = make_env(TINY, "tokenspeed_mla", v_scale=4.0)
+        with pytest.raises(AssertionError, match="must be 1.0"):
+            harness.run_prefill(env, harness.make_batch(env, [5, 3]))
+
+    @on_each
     @pytest.mark.parametrize("value", ["", "on", "1"])
     def test_anything_else_is_an_error(self, value, backend, monkeypatch):
         monkeypatch.setenv(SWITCH, value)
@@ -262,6 +269,17 @@ class TestNoHook:
         wrapper = harness.wrap_hybrid_linear(call.env.backend, [7])
         call.forward_batch.attn_backend = wrapper
         assert call() is None
+
+    @pytest.mark.parametrize(
+        "arch, version", [(AttentionArch.MHA, 3), (AttentionArch.MLA, 4)]
+    )
+    def test_flash_attention_has_none_but_version_3_for_mla(self, arch, version, log):
+        env = make_env(TINY, "fa3")
+        lines = log()
+        assert env.backend.prepare_prefill_qkv is not None
+        env.runner.model_config.attention_arch = arch
+        backend = FlashAttentionBackend(env.runner, fa_impl_ver=version)
+        assert backend.prepare_prefill_qkv is None and log() == lines
 
 
 class TestResolve:
@@ -312,14 +330,40 @@ class TestResolve:
             assert self.resolve(backend, "DECODE") is other
 
 
-@on_both
+@on_each
 def test_chunks_of_operands_in_the_models_dtype_are_not_packed(backend):
     q, given = torch.zeros(1, dtype=torch.bfloat16), (None, torch.bfloat16)
     env = make_env(TINY, backend)
     assert prefix_chunk_packing(env.attn, q, None, *given) == given
 
 
-@on_both
+def assert_launches_and_casts(backend, switch, batch, launches, casts) -> None:
+    """{kernel: how often}, which is all but for the indices of the cache's slots, and
+    {shape of the result: how often}."""
+    counts = Counter()
+    scenario = Scenario(
+        # Heads for which SGLang has no kernel of its own to concatenate k.
+        env=dict(dims=TINY._replace(heads=12)),
+        batch=dict(extend_lens=[5, 3], **batch),
+        environ={SWITCH: switch},
+        how=lambda env, batch: harness.run_prefill(
+            env, batch, inside=lambda _: batch_runs.counting(counts)
+        ),
+    )
+    result = scenario.on(backend).run()
+    assert {shape: n for (kind, shape), n in counts.items() if kind == "cast"} == casts
+    found = {name: n for (kind, name), n in counts.items() if kind == "launch"}
+    found.pop("create_chunked_prefix_cache_kv_indices", None)
+    found.pop("create_flashinfer_kv_indices_triton", None)
+    if HAS_GPU:
+        found = {name: found[name] for name in launches if name in found}
+    else:
+        ropes = result.counts["apply_rope_with_cos_sin_cache_inplace"]
+        assert ropes == (switch == "off")
+    assert found == {name: n for name, n in launches.items() if n}
+
+
+@on_each
 @pytest.mark.parametrize("chunks", [0, 1, 4])
 @pytest.mark.parametrize("switch", ["fused", "off"])
 def test_launches_and_casts(switch, chunks, backend):
@@ -330,44 +374,44 @@ def test_launches_and_casts(switch, chunks, backend):
     and v once and once for each chunk, and the two parts of the cache rows; RoPE, the
     rows and each gather are launches, beside the copies.
     """
-    counts = Counter()
-    scenario = Scenario(
-        # Heads for which SGLang has no kernel of its own to concatenate k.
-        env=dict(dims=TINY._replace(heads=12)),
-        batch=dict(extend_lens=[5, 3], prefix_lens=[4 * chunks, 4 * chunks])
-        | dict(chunks=chunks or None),
-        environ={SWITCH: switch},
-        how=lambda env, batch: harness.run_prefill(
-            env, batch, inside=lambda _: batch_runs.counting(counts)
-        ),
-    )
-    result = scenario.on(backend).run()
-    launches = {name: n for (kind, name), n in counts.items() if kind == "launch"}
-    casts = {shape: n for (kind, shape), n in counts.items() if kind == "cast"}
-    launches.pop("create_chunked_prefix_cache_kv_indices", None)
-    n, (heads, nope, rope, v, lora) = 8, TINY._replace(heads=12)
+    batch = dict(prefix_lens=[4 * chunks, 4 * chunks], chunks=chunks or None)
+    launches, casts = {"get_mla_kv_buffer_kernel": chunks}, {}
     if switch == "fused":
-        assert casts == {}
-        wanted = {
-            "_mla_prefill_quantize_fp8_kernel": 1,
-            "_mla_kv_pack_quantize_fp8_kernel": chunks,
-        }
+        launches["_mla_prefill_quantize_fp8_kernel"] = 1
+        launches["_mla_kv_pack_quantize_fp8_kernel"] = chunks
     else:
+        launches["set_mla_kv_buffer_kernel"] = 1
         # k of a chunk has q's shape.
-        assert casts == {
+        n, (heads, nope, rope, v, lora) = 8, TINY._replace(heads=12)
+        casts = {
             (n, heads, nope + rope): (chunks + 1) + 1 + chunks,
             (n, heads, v): 1 + chunks,
             (n, 1, lora): 1,
             (n, 1, rope): 1,
         }
-        wanted = {"set_mla_kv_buffer_kernel": 1}
-    wanted["get_mla_kv_buffer_kernel"] = chunks
-    if HAS_GPU:
-        launches = {name: launches[name] for name in wanted if name in launches}
+    assert_launches_and_casts(backend, switch, batch, launches, casts)
+
+
+@pytest.mark.parametrize("switch", ["fused", "off"])
+def test_launches_and_casts_over_a_prefix_in_one_shot(switch):
+    """One launch for q and the cache rows, then one to gather the rows of prefix and new
+    tokens and one to pack their k and v; nothing is cast outside of them."""
+    launches, casts = {"get_mla_kv_buffer_kernel": 1}, {}
+    if switch == "fused":
+        launches["_mla_prefill_quantize_fp8_kernel"] = 1
+        launches["_mla_kv_pack_quantize_fp8_kernel"] = 1
     else:
-        ropes = result.counts["apply_rope_with_cos_sin_cache_inplace"]
-        assert ropes == (switch == "off")
-    assert launches == {name: n for name, n in wanted.items() if n}
+        launches["set_mla_kv_buffer_kernel"] = 1
+        n, n_kv, (heads, nope, rope, v, lora) = 8, 24, TINY._replace(heads=12)
+        casts = {
+            (n, heads, nope + rope): 1,
+            (n_kv, heads, nope + rope): 1,
+            (n_kv, heads, v): 1,
+            (n, 1, lora): 1,
+            (n, 1, rope): 1,
+        }
+    batch = dict(prefix_lens=[12, 4])
+    assert_launches_and_casts("fa3", switch, batch, launches, casts)
 
 
 @pytest.mark.parametrize("switch", ["fused", "off"])
@@ -447,30 +491,36 @@ def specializations(monkeypatch):
 
 class TestStart:
     @pytest.mark.parametrize(
-        "layer",
+        "backend, layer",
         [
-            {},
-            dict(is_neox=True),
-            dict(rope=None),
-            dict(k_scale=0.5, v_scale=4.0),
-            dict(v_scale=4.0, dtype=torch.float16),
+            ("trtllm_mla", {}),
+            ("trtllm_mla", dict(is_neox=True)),
+            ("trtllm_mla", dict(rope=None)),
+            ("trtllm_mla", dict(k_scale=0.5, v_scale=4.0)),
+            ("trtllm_mla", dict(v_scale=4.0, dtype=torch.float16)),
+            ("fa3", dict(k_scale=0.5, v_scale=4.0)),
+            ("fa3", dict(rope=None)),
         ],
     )
     @with_each_producer
     def test_requests_launch_what_ran_before(
-        self, producer, layer, flashinfer, monkeypatch, specializations
+        self, producer, backend, layer, flashinfer, monkeypatch, specializations
     ):
         """The kernels' constants, and the types and the alignment of what else they are
         given and specialize on."""
         monkeypatch.setenv(SWITCH, producer)
         flashinfer(True)
-        env = make_env(DEEPSEEK, "trtllm_mla", **layer)
+        monkeypatch.setenv("SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD", "1")
+        env = make_env(DEEPSEEK, backend, **layer)
         variants = env.backend._prefill_variants(env.runner.model)
         env.backend._compile_prefill_kernels(producer, variants)
         at_start = specializations()
         for how, batch in (
             (harness.run_prefill, CHUNKS),
             (harness.run_prefill, dict(extend_lens=[1])),
+            # On fa3, over prefix and new tokens at once.
+            (harness.run_prefill, dict(extend_lens=[2, 3], prefix_lens=[4, 0])),
+            (harness.run_prefill, dict(extend_lens=[1], prefix_lens=[1])),
             # The second child's indices are a slice from the fifth token on.
             (batch_runs.overlapped, dict(extend_lens=[5, 2, 3])),
         ):
@@ -513,6 +563,7 @@ class TestStart:
         assert [line.split(":")[0] for line in lines] == [
             "TokenspeedMLABackend",
             "TRTLLMMLABackend",
+            "FlashAttentionBackend",
         ]
         rank = "sglang.srt.distributed.get_tensor_model_parallel_rank"
         monkeypatch.setattr(rank, lambda: 1)
@@ -542,6 +593,24 @@ def test_tables_and_pools_of_another_dtype_are_not_for_the_hook(monkeypatch):
     rotary.cos_sin_cache = rotary.cos_sin_cache.bfloat16()
     assert mla_fp8_prefill._pool_producer(env.pool) is None
     assert not mla_fp8_prefill._is_plain_rope(rotary, TINY.rope)
+
+
+@pytest.mark.parametrize("v_scale, multiplications", [(None, 0), (1.0, 0), (1.7, 1)])
+def test_outputs_of_tokenspeed_are_multiplied_where_v_scale_is_not_1(
+    v_scale, multiplications, monkeypatch
+):
+    multiply, seen = torch.Tensor.mul_, []
+
+    def mul_(self, other):
+        seen.append((self.dtype, other))
+        return multiply(self, other)
+
+    env = make_env(TINY, "tokenspeed_mla", k_scale=0.3, v_scale=v_scale)
+    batch = harness.make_batch(env, **CHUNKS)
+    monkeypatch.setattr(torch.Tensor, "mul_", mul_)
+    calls = harness.run_prefill(env, batch).calls
+    wanted = [(torch.bfloat16, v_scale)] * multiplications * len(calls)
+    assert [some for some in seen if some[0] == torch.bfloat16] == wanted
 
 
 def test_an_fp8_q_tells_that_k_and_v_are_divided():

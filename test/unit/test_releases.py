@@ -98,6 +98,7 @@ def test_one_batch(release, tmp_path):
     tree = shutil.copytree(source, tmp_path / "site", copy_function=link_or_copy)
     assert main(["apply", "--sglang", str(tree)]) == 0
     backends = [f"{name}_backend:{cls}" for name, cls in release.backends.items()]
+    backends.append("flashattention_backend:FlashAttentionBackend")
     pools = run_python(tree, "-m", "one_batch", *backends).split()
     assert "MLATokenToKVPool" in pools and set(pools) <= PLAIN_POOLS
 

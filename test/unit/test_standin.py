@@ -81,6 +81,14 @@ def prefill(name, *, q, k, v, cu_q, cu_kv, max_q=4, max_kv=6, causal=True, **mor
         return_lse=True,
         enable_pdl=False,
     )
+    if name == "fa3":
+        arguments = dict(
+            **dict(q=q, k=k, v=v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_kv),
+            **dict(max_seqlen_q=max_q, max_seqlen_k=max_kv, softmax_scale=0.1),
+            **dict(causal=causal, return_softmax_lse=True),
+        )
+        out, lse = kernels.flash_attn_varlen_func(**arguments, **more)
+        return out, lse.T
     if name == "tokenspeed":
         lens = dict(cum_seq_lens=cu_kv, max_seq_len=max_kv, max_seq_len_q=max_q)
         arguments |= dict(**lens, softmax_scale=0.1)
@@ -93,15 +101,17 @@ def prefill(name, *, q, k, v, cu_q, cu_kv, max_q=4, max_kv=6, causal=True, **mor
 
 NAMES = ("tokenspeed", "trtllm")
 BOTH = pytest.mark.parametrize("name", NAMES)
+EACH = pytest.mark.parametrize("name", (*NAMES, "fa3"))
 CAUSAL = pytest.mark.parametrize("causal", [False, True])
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 CLOSE_BF16 = dict(rtol=8e-3, atol=1e-5)
 
 
 @CAUSAL
-def test_tokenspeed_is_attention_with_zeros_in_rows_without_keys(causal):
+@pytest.mark.parametrize("name", ["tokenspeed", "fa3"])
+def test_attention_with_zeros_in_rows_without_keys(name, causal):
     operands = ragged()
-    out, lse = prefill("tokenspeed", **operands, causal=causal)
+    out, lse = prefill(name, **operands, causal=causal)
     wanted, wanted_lse = naive_ragged(**operands, causal=causal)
     assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
     torch.testing.assert_close(out[:8].cpu(), wanted.bfloat16(), **CLOSE_BF16)
@@ -128,6 +138,27 @@ def test_trtllm_is_scaled_attention_with_nan_in_rows_without_keys(
     assert (out[8:] == 7).all() and lse[8:].isnan().all()
 
 
+def test_fa3_writes_the_callers_output_in_bf16_or_the_operands_dtype():
+    batch = ragged()
+    given = torch.full((10, HEADS, V), 7.0, device=DEVICE, dtype=torch.bfloat16)
+    assert prefill("fa3", **batch, out=given)[0] is given
+    assert (given[8:] == 7).all() and given[:8].equal(prefill("fa3", **batch)[0][:8])
+    with pytest.raises(ValueError, match="out of torch.float8"):
+        prefill("fa3", **batch, out=given.to(E4M3))
+    wide = {name: batch[name].to(torch.float16) for name in "qkv"}
+    assert prefill("fa3", **{**batch, **wide})[0].dtype == torch.float16
+    with pytest.raises(ValueError, match="out of torch.bfloat16"):
+        prefill("fa3", **{**batch, **wide}, out=given)
+
+
+@pytest.mark.parametrize("dtype, ver", [(torch.float8_e5m2, 3), (E4M3, 4)])
+def test_fa3_refuses_e5m2_and_fa4_all_fp8(dtype, ver):
+    batch = ragged()
+    batch |= {name: batch[name].to(dtype) for name in "qkv"}
+    with pytest.raises(ValueError, match=f"{dtype} in FlashAttention-{ver}"):
+        prefill("fa3", **batch, ver=ver)
+
+
 def test_long_rows_come_in_blocks_and_float64_is_exact(monkeypatch):
     q, k, v = (torch.randn(40, 3, d, device=DEVICE).double() for d in (16, 16, 8))
     monkeypatch.setattr(kernels, "BLOCK_BYTES", 7 * 3 * 40 * 8)
@@ -141,13 +172,14 @@ def test_long_rows_come_in_blocks_and_float64_is_exact(monkeypatch):
             torch.testing.assert_close(a.cpu(), b, rtol=1e-12, atol=1e-12)
 
 
-@BOTH
+@EACH
 def test_a_request_does_not_depend_on_its_batch(name):
     batch = ragged()
     out, lse = prefill(name, **batch)
     last = {name: batch[name][i:] for name, i in dict(k=5, v=5).items()}
     last |= dict(q=batch["q"][4:8], cu_q=int32([0, 4]), cu_kv=int32([0, 6]))
-    alone, lse_alone = prefill(name, **last, batch_size=1)
+    size = {} if name == "fa3" else dict(batch_size=1)
+    alone, lse_alone = prefill(name, **last, **size)
     assert alone.equal(out[4:8]) and lse_alone.equal(lse[4:8])
 
 
@@ -176,8 +208,14 @@ WRONG = {
 }
 
 
-@BOTH
-@pytest.mark.parametrize("message", WRONG)
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        *((name, message) for name in NAMES for message in WRONG),
+        # It is told no size of the batch.
+        *(("fa3", message) for message in WRONG if message != "batch of 2"),
+    ],
+)
 def test_a_prefill_refuses(name, message):
     batch = ragged()
     change = WRONG[message](batch["q"], batch["k"], batch["v"])
@@ -185,7 +223,7 @@ def test_a_prefill_refuses(name, message):
         prefill(name, **{**batch, **change})
 
 
-@BOTH
+@EACH
 def test_a_prefill_takes_aligned_slices_and_any_head_dimension_on_demand(
     name, settings
 ):
@@ -209,7 +247,7 @@ def test_trtllm_refuses_an_fp8_output():
         )
 
 
-@BOTH
+@EACH
 def test_the_record_says_what_was_handed_and_counts_nan_of_real_rows(name):
     batch = ragged()
     batch["q"][8:] = math.nan  # padding
@@ -248,7 +286,7 @@ def test_the_listener_hears_before_the_checks(settings):
     assert heard[0]["v"].dtype == torch.bfloat16 and heard[0]["cu_q"] == [0, 3, 4, 8]
 
 
-@BOTH
+@EACH
 def test_without_computing_nothing_is_written(name, settings):
     settings.compute = False
     out, lse = prefill(name, **ragged())

@@ -152,8 +152,9 @@ def _mla_prefill_quantize_fp8_kernel(
     BLOCK_H: tl.constexpr,
     ENABLE_PDL: tl.constexpr,
 ):
-    """A program prepares BLOCK_T tokens of BLOCK_H heads; where there is a cache, one
-    more program for each block of tokens writes the cache rows."""
+    """A program prepares BLOCK_T tokens of BLOCK_H heads, without K and V where V is 0;
+    where there is a cache, one more program for each block of tokens writes the cache
+    rows."""
     HEAD_BLOCKS: tl.constexpr = NUM_HEADS // BLOCK_H
     PARTS: tl.constexpr = HEAD_BLOCKS + (1 if LORA > 0 else 0)
     HALF: tl.constexpr = ROPE // 2
@@ -173,18 +174,20 @@ def _mla_prefill_quantize_fp8_kernel(
     if part < HEAD_BLOCKS:
         h = (part.to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :, None]
         nope = tl.arange(0, NOPE_P2)[None, None, :]
-        dim_v = tl.arange(0, V_P2)[None, None, :]
         nope_mask = live & (nope < NOPE)
-        v_mask = live & (dim_v < V)
 
         # The large loads first: the short ones depend on one another.
         q_row = q_ptr + t * q_token_stride + h * q_head_stride
-        kv_row = kv_ptr + t * kv_token_stride + h * kv_head_stride
         q_nope = tl.load(q_row + nope, mask=nope_mask)
-        k_nope = tl.load(kv_row + nope, mask=nope_mask)
-        v = tl.load(kv_row + NOPE + dim_v, mask=v_mask)
+        if V > 0:
+            kv_row = kv_ptr + t * kv_token_stride + h * kv_head_stride
+            dim_v = tl.arange(0, V_P2)[None, None, :]
+            v_mask = live & (dim_v < V)
+            k_nope = tl.load(kv_row + nope, mask=nope_mask)
+            v = tl.load(kv_row + NOPE + dim_v, mask=v_mask)
         q_x, q_y = _load_pairs(q_row + NOPE, live, HALF, HALF_P2, NEOX)
-        k_x, k_y = _load_pairs(k_pe_row, live, HALF, HALF_P2, NEOX)
+        if V > 0:
+            k_x, k_y = _load_pairs(k_pe_row, live, HALF, HALF_P2, NEOX)
         cos, sin = _load_cos_sin(
             positions_ptr,
             cos_sin_ptr,
@@ -195,29 +198,32 @@ def _mla_prefill_quantize_fp8_kernel(
             HALF_P2,
             ROPE_STYLE,
         )
-        k_scale = load_scale(k_scale_inv, K_SCALE_KIND)
-        v_scale = load_scale(v_scale_inv, V_SCALE_KIND)
 
         q_x, q_y = _rotate(q_x, q_y, cos, sin, ROPE_STYLE)
-        k_x, k_y = _rotate(k_x, k_y, cos, sin, ROPE_STYLE)
+        if V > 0:
+            k_x, k_y = _rotate(k_x, k_y, cos, sin, ROPE_STYLE)
         q_nope_fp8 = to_fp8(q_nope, 1.0, SCALE_UNIT, FP8_DTYPE, CONVERSION)
         q_x_fp8 = to_fp8(q_x, 1.0, SCALE_UNIT, FP8_DTYPE, CONVERSION)
         q_y_fp8 = to_fp8(q_y, 1.0, SCALE_UNIT, FP8_DTYPE, CONVERSION)
-        k_nope_fp8 = to_fp8(k_nope, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
-        k_x_fp8 = to_fp8(k_x, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
-        k_y_fp8 = to_fp8(k_y, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
-        v_fp8 = to_fp8(v, v_scale, V_SCALE_KIND, FP8_DTYPE, CONVERSION)
+        if V > 0:
+            k_scale = load_scale(k_scale_inv, K_SCALE_KIND)
+            v_scale = load_scale(v_scale_inv, V_SCALE_KIND)
+            k_nope_fp8 = to_fp8(k_nope, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
+            k_x_fp8 = to_fp8(k_x, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
+            k_y_fp8 = to_fp8(k_y, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
+            v_fp8 = to_fp8(v, v_scale, V_SCALE_KIND, FP8_DTYPE, CONVERSION)
 
         row = t * NUM_HEADS + h
         q_out_row = q_fp8_ptr + row * (NOPE + ROPE)
-        k_out_row = k_fp8_ptr + row * (NOPE + ROPE)
         tl.store(q_out_row + nope, q_nope_fp8, mask=nope_mask)
         _store_pairs(q_out_row + NOPE, live, q_x_fp8, q_y_fp8, HALF, HALF_P2, NEOX)
-        tl.store(k_out_row + nope, k_nope_fp8, mask=nope_mask)
-        k_x_fp8 = tl.broadcast_to(k_x_fp8, (BLOCK_T, BLOCK_H, HALF_P2))
-        k_y_fp8 = tl.broadcast_to(k_y_fp8, (BLOCK_T, BLOCK_H, HALF_P2))
-        _store_pairs(k_out_row + NOPE, live, k_x_fp8, k_y_fp8, HALF, HALF_P2, NEOX)
-        tl.store(v_fp8_ptr + row * V + dim_v, v_fp8, mask=v_mask)
+        if V > 0:
+            k_out_row = k_fp8_ptr + row * (NOPE + ROPE)
+            tl.store(k_out_row + nope, k_nope_fp8, mask=nope_mask)
+            k_x_fp8 = tl.broadcast_to(k_x_fp8, (BLOCK_T, BLOCK_H, HALF_P2))
+            k_y_fp8 = tl.broadcast_to(k_y_fp8, (BLOCK_T, BLOCK_H, HALF_P2))
+            _store_pairs(k_out_row + NOPE, live, k_x_fp8, k_y_fp8, HALF, HALF_P2, NEOX)
+            tl.store(v_fp8_ptr + row * V + dim_v, v_fp8, mask=v_mask)
     else:
         if LORA > 0:
             cached = t < num_cache_rows
@@ -248,7 +254,7 @@ def _mla_prefill_quantize_fp8_kernel(
 def mla_prefill_quantize_fp8(
     *,
     q: torch.Tensor,
-    kv: torch.Tensor,
+    kv: Optional[torch.Tensor],
     kv_a: torch.Tensor,
     k_pe: torch.Tensor,
     positions: torch.Tensor,
@@ -261,7 +267,7 @@ def mla_prefill_quantize_fp8(
     v_scale_inv: Union[float, torch.Tensor] = 1.0,
     fp8_dtype: torch.dtype = torch.float8_e4m3fn,
     enable_pdl: Optional[bool] = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
     """Prepare the FP8 operands of an MLA prefill and write the KV cache in one launch.
 
     With R the rotary embedding at a token's position, for each token and head:
@@ -275,7 +281,8 @@ def mla_prefill_quantize_fp8(
         q: [s, h, nope + rope], bfloat16 or float16. Here and below the last dimension
             is contiguous and the other strides are free; no input is modified. nope,
             rope and v are multiples of 16.
-        kv: [s, h, nope + v], the output of ``kv_b_proj``, of q's dtype.
+        kv: [s, h, nope + v], the output of ``kv_b_proj``, of q's dtype; None to prepare
+            neither k nor v.
         kv_a: [s, lora], the latent after its norm, of q's dtype.
         k_pe: [s, 1, rope] or [s, rope], before RoPE, of q's dtype.
         positions: [s], int32 or int64, each below cos_sin_cache's length (not checked).
@@ -295,7 +302,7 @@ def mla_prefill_quantize_fp8(
 
     Returns:
         (q [s, h, nope + rope], k [s, h, nope + rope], v [s, h, v]), contiguous, in FP8;
-        rounding as in ``fp8_common``.
+        rounding as in ``fp8_common``; k and v are None without kv.
 
     Raises:
         ValueError: an argument of wrong dtype, shape, layout or device, by its name.
@@ -311,10 +318,11 @@ def mla_prefill_quantize_fp8(
     key = layout_key(*laid_out) + index_key(*indices)
     plan = _PLANS.find((*key, *settings), _make_plan, *laid_out, *indices, *settings)
     s = q.shape[0]
-    if not s == kv.shape[0] == kv_a.shape[0] == k_pe.shape[0] == positions.shape[0]:
+    kv_tokens = s if kv is None else kv.shape[0]
+    if not s == kv_tokens == kv_a.shape[0] == k_pe.shape[0] == positions.shape[0]:
         raise ValueError(
             "q, kv, kv_a, k_pe and positions must have the same number of tokens, got "
-            f"{s}, {kv.shape[0]}, {kv_a.shape[0]}, {k_pe.shape[0]} and "
+            f"{s}, {kv_tokens}, {kv_a.shape[0]}, {k_pe.shape[0]} and "
             f"{positions.shape[0]}"
         )
     num_cache_rows = 0 if cache_loc is None else cache_loc.shape[0]
@@ -325,9 +333,11 @@ def mla_prefill_quantize_fp8(
         )
     contiguous = torch.contiguous_format
     q_out = torch.empty_like(q, dtype=fp8_dtype, memory_format=contiguous)
-    k_out = torch.empty_like(q_out)
-    v_shape = (*q.shape[:2], kv.shape[2] - qk_nope_head_dim)
-    v_out = q.new_empty(v_shape, dtype=fp8_dtype)
+    k_out = v_out = None
+    if kv is not None:
+        k_out = torch.empty_like(q_out)
+        v_shape = (*q.shape[:2], kv.shape[2] - qk_nope_head_dim)
+        v_out = q.new_empty(v_shape, dtype=fp8_dtype)
     if s > 0:
         plan.launch(
             s,
@@ -364,7 +374,7 @@ def _make_plan(
             f"{tuple(q.shape)}"
         )
     h, rope = q.shape[1], q.shape[2] - nope
-    if kv.dim() != 3 or kv.shape[1] != h or kv.shape[2] <= nope:
+    if kv is not None and (kv.dim() != 3 or kv.shape[1] != h or kv.shape[2] <= nope):
         raise ValueError(
             f"kv must be [s, {h}, {nope} + v], got shape {tuple(kv.shape)}"
         )
@@ -374,10 +384,13 @@ def _make_plan(
         raise ValueError(
             f"k_pe must have q's rope dimension, {rope}, got shape {tuple(k_pe.shape)}"
         )
-    dim_v = kv.shape[2] - nope
-    check_head_dims(nope=nope, rope=rope, v=dim_v)
+    check_head_dims(nope=nope, rope=rope)
     check_input("q", q)
-    check_input("kv", kv, q)
+    dim_v = 0
+    if kv is not None:
+        dim_v = kv.shape[2] - nope
+        check_head_dims(v=dim_v)
+        check_input("kv", kv, q)
     check_input("kv_a", kv_a, q)
     check_input("k_pe", k_pe, q)
     check_index("positions", positions, q.device)
@@ -407,7 +420,7 @@ def _make_plan(
         LORA=lora,
         NOPE_P2=triton.next_power_of_2(nope),
         HALF_P2=triton.next_power_of_2(rope // 2),
-        V_P2=triton.next_power_of_2(dim_v),
+        V_P2=triton.next_power_of_2(max(dim_v, 1)),
         LORA_P2=triton.next_power_of_2(max(lora, 1)),
         ROPE_STYLE=style.value,
         K_SCALE_KIND=k_kind,
@@ -418,7 +431,7 @@ def _make_plan(
     )
     strides = (
         *q.stride()[:2],
-        *kv.stride()[:2],
+        *((0, 0) if kv is None else kv.stride()[:2]),
         kv_a.stride(0),
         k_pe.stride(0),
         0 if cos_sin_cache is None else cos_sin_cache.stride(0),

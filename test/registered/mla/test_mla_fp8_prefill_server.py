@@ -44,8 +44,6 @@ class MLAFp8PrefillServer(GSM8KMixin):
         options += ["--quantization", "modelopt_fp4"]
         options += ["--attention-backend", cls.attention_backend]
         options += ["--kv-cache-dtype", "fp8_e4m3"]
-        # Prefills inside one go down the MLA path, which is not under test.
-        options += ["--disable-piecewise-cuda-graph"]
         options += ["--model-loader-extra-config", '{"enable_multithread_load": true}']
         cls.process = popen_launch_server(
             cls.model,

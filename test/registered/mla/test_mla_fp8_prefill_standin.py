@@ -157,11 +157,17 @@ class HookOnAgainstOff:
         self.assertNotIn(f"{what} decline", self.on.log)
         self.assertIn(f"{what} declined: SGLANG_MLA_FP8_PREFILL=off", self.off.log)
 
+    def test_log_says_the_base_of_the_log_sum_exps(self):
+        for run in (self.on, self.off):
+            found = "the log-sum-exps are base 2" in run.log
+            self.assertEqual(found, self.attention_backend == "trtllm_mla")
+
     def test_kernel_is_handed_fp8(self):
         for run in (self.on, self.off):
             calls = [c for c in run.calls if c["kernel"] == self.prefill_kernel]
-            # New tokens, and the chunks of a prefix.
-            self.assertEqual({call["causal"] for call in calls}, {True, False})
+            # New tokens, and the chunks of a prefix, beside a call of each at start.
+            kinds = {call["causal"] for call in calls if call["count"] > 1}
+            self.assertEqual(kinds, {True, False})
             for call in calls:
                 dtypes = [call[f"{name}_dtype"] for name in "qkv"]
                 self.assertEqual(dtypes, [FP8] * 3, call)

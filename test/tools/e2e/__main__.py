@@ -2,8 +2,8 @@
 
     python -m e2e --sglang 0.5.12.post1 --out e2e-results
 
-Starts SGLang servers on the stand-ins of `mla_standin`, drives them over HTTP and ends
-them. Writes results.json, one row a line, and README.md to the output folder, prints the
+Starts SGLang servers, on the stand-ins of `mla_standin` but for fa3's, drives them over
+HTTP and ends them. Writes results.json, one row a line, and README.md to the output folder, prints the
 page, and exits 1 where something is not ok. Sections that do not run keep their rows.
 """
 
@@ -27,15 +27,19 @@ from typing import Any, Optional
 
 import patched_sglang
 import torch
-from e2e import load, page, profiles
+from e2e import fa3, load, page, profiles
 from e2e.pairs import (
+    FA3,
     SIDE_BY_SIDE,
     SIDES,
     TOKENSPEED,
     TRTLLM,
     Case,
     Run,
+    base_2_case,
     check_record,
+    fa3_case,
+    fa3_cases,
     one_gpu_cases,
     run_pair,
     side_by_side,
@@ -44,14 +48,17 @@ from e2e.pairs import (
 from e2e.servers import Server, kill_all, leave_no_server, start_all
 from mla_standin.models import VOCAB
 
-SECTIONS = ("compare", "parallel", "load", "profile")
+SECTIONS = (
+    *("compare", "lse", "parallel", "load", "profile", "graphs"),
+    *("fa3", "fa3 time"),
+)
 # A job makes rows of results; their "problems" are what is not ok.
 Job = Callable[[], Iterable[dict[str, Any]]]
 
 
 def run_load(run: Run, name: str, gpu: int, kill: bool) -> Iterable[dict[str, Any]]:
     """A storm on both servers of a backend and what is left of it; then a kill."""
-    case = Case("load", name)
+    case = fa3_case("load") if name == FA3 else Case("load", name)
     count, step, times = (300, 8, 4) if run.quick else (2000, 13, 16)
     requests = load.workload(count, 1, VOCAB)
     aborts = load.random_aborts(count, 1)
@@ -103,12 +110,10 @@ def run_small_pool(run: Run, name: str, gpu: int) -> Iterable[dict[str, Any]]:
         yield {"small pool": name, **figures, "problems": problems}
 
 
-def run_profile(run: Run, gpu: int) -> Iterable[dict[str, Any]]:
-    """Launches, preparation time, time to first token and throughput, by pair."""
-    cases = [
-        Case(model, name, model=model, **profiles.CASE)
-        for model, name in (profiles.QUICK_PAIRS if run.quick else profiles.PAIRS)
-    ]
+def run_profile(
+    run: Run, gpu: int, cases: Sequence[Case], measure: Callable
+) -> Iterable[dict[str, Any]]:
+    """What `measure` finds of each case's pair of servers, one pair after another."""
     with ExitStack() as stack:
         pairs = [
             [stack.enter_context(run.server(case, side, (gpu,))) for side in SIDES]
@@ -117,7 +122,7 @@ def run_profile(run: Run, gpu: int) -> Iterable[dict[str, Any]]:
         stack.callback(kill_all)  # all at once; one by one they take seconds to end
         start_all([server for pair in pairs for server in pair])
         for case, pair in zip(cases, pairs):
-            for row in profiles.measure(pair, case.model, run.quick):
+            for row in measure(pair, case.model, run.quick):
                 yield {"model": case.model, "backend": case.backend, **row}
 
 
@@ -175,10 +180,31 @@ def run_sections(
         ("parallel", f"{case.name}, {case.backend}", pair(case, gpus))
         for case in two_gpu_cases()
     ]
-    profile = ("profile", "profile", functools.partial(run_profile, run, gpus[0]))
+    job = functools.partial(run_load, run, FA3, gpus[0], kill=True)
+    together.append(("fa3", "load, fa3", job))
+    case = base_2_case()
+    together.append(("lse", f"{case.name}, {case.backend}", pair(case, gpus[:1])))
+    for case in fa3_cases():
+        if case.quick or not run.quick:
+            together.append(("fa3", f"{case.name}, fa3", pair(case, gpus[:1])))
+    profiled = [
+        Case(model, name, model=model, **profiles.CASE)
+        for model, name in (profiles.QUICK_PAIRS if run.quick else profiles.PAIRS)
+    ]
+    graphs = Case("graphs", TRTLLM, model=page.PROJECTED, **profiles.GRAPHS_CASE)
+    timed = [
+        (name, name, functools.partial(run_profile, run, gpus[0], cases, measure))
+        for name, cases, measure in (
+            ("profile", profiled, profiles.measure),
+            ("graphs", [graphs], profiles.measure_graphs),
+        )
+    ]
+    timed.append(
+        ("fa3 time", "fa3 time", functools.partial(fa3.run_time, run, gpus[0]))
+    )
     # Ranks of many servers on one GPU wait for each other's turns; what is timed has
     # the machine for itself.
-    for jobs, at_once in ((together, SIDE_BY_SIDE // 2), (parallel, 3), ([profile], 1)):
+    for jobs, at_once in ((together, SIDE_BY_SIDE // 2), (parallel, 3), (timed, 1)):
         chosen = [job for job in jobs if job[0] in sections]
         with ThreadPoolExecutor(at_once) as pool:
             done = [pool.submit(results.run, *job) for job in chosen]
@@ -203,7 +229,13 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             f"needs GPU {args.gpus}; `make test` is what runs without", file=sys.stderr
         )
         return 2
-    sections = args.only or [s for s in SECTIONS if s != "parallel" or len(gpus) > 1]
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    sections = args.only or [
+        section
+        for section in SECTIONS
+        if (section != "parallel" or len(gpus) > 1)
+        and (not section.startswith("fa3") or hopper)
+    ]
     if "parallel" in sections and len(gpus) != 2:
         parser.error("the section parallel needs two GPUs, as in --gpus 0,1")
     for signum in (signal.SIGTERM, signal.SIGINT):

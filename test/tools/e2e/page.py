@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from e2e.compare import MARGIN, SCENARIO_MARGIN
+from e2e.profiles import GRAPHS_POOL
 from resampling import RESAMPLES
 from tabulate import tabulate
 
@@ -43,9 +44,8 @@ make e2e VENV= SGLANG=/path/to/site-packages QUICK=1    # fewer servers and prom
 ```
 
 What this does not show: the SM100 attention kernels; a trained model's weights, or
-experts (the models have 4 to 16 dense layers); CUDA graphs, which are off since the
-stand-ins read lengths on the host (in prefill, SGLang's piecewise graphs take the MLA
-path, which the patch has no part in); all-reduce other than NCCL's; and two-batch
+experts (the models have 4 to 16 dense layers); CUDA graphs of decoding, which are off
+since the stand-ins read lengths on the host; all-reduce other than NCCL's; and two-batch
 overlap, which SGLang runs with an expert-parallel all-to-all backend only (unit tests
 have its wrapper).
 """
@@ -58,9 +58,14 @@ together), which may not reach beyond {1 + MARGIN:.2f}, of a
 single scenario beyond {1 + SCENARIO_MARGIN:.2f}. Prompts are random ids: 1 to
 16,000 tokens one at a time, 64 of up to 4,096 tokens at once, and suffixes of 2 to 2,000
 tokens behind cached prefixes of 64 to 12,288 in one to many chunks (`--quick`: up to
-2,049, and prefixes up to 2,048). With trtllm_mla the stand-in returns natural
-log-sum-exps, as SGLang merges them, except where the table says base-2, which is what
-trtllm-gen returns and which makes merged prefix chunks wrong, patched or not.
+2,049, and prefixes up to 2,048). With trtllm_mla the stand-in returns base-2
+log-sum-exps to patched servers, as trtllm-gen does, and natural ones to unpatched servers,
+as SGLang merges them.
+"""
+
+LSE = """
+trtllm-gen returns base-2 log-sum-exps. Here the stand-in returns them to both servers: the
+unpatched one merges prefix chunks with wrong weights, the patched one converts them first.
 """
 
 LOAD = """
@@ -95,6 +100,16 @@ sent to both servers in turn, with a 95% bootstrap interval of the saved share, 
 where the host's noise lasts for many requests; and the fastest, since that noise only adds.
 """
 
+GRAPHS = f"""
+The unpatched server keeps SGLang's prefill CUDA graphs (captured at these sizes only, to
+start sooner), the patched one turns them off; trtllm_mla, 8 layers with 128 heads as
+above, a KV pool of {GRAPHS_POOL:,} tokens. In a graph attention is absorbed and runs on
+FlashInfer's kernel, really, after torch has copied the layer's whole pool to BF16. The
+patched server's attention kernel is a stand-in that does nothing, so FlashInfer's is
+left out on both sides and shown apart: as GPU time, and taken off the unpatched server's
+time to first token, all layers of it, in the last column.
+"""
+
 
 def table(rows: Iterable[Mapping[str, Any]]) -> str:
     rows = list(rows)
@@ -126,9 +141,10 @@ def compare(rows: Sequence[Row]) -> str:
     for row in rows:
         if "off" in row:
             text += (
-                "\n{pair}, {backend}: with SGLANG_MLA_FP8_PREFILL=off, {differing:,} of "
-                "{values:,} values ({prompts} prompts, one at a time) differ in any bit "
-                "from the unpatched server's.\n"
+                "\n{pair}, {backend}: with SGLANG_MLA_FP8_PREFILL=off and "
+                "SGLANG_MLA_FP8_PREFILL_LSE=e, {differing:,} of {values:,} values "
+                "({prompts} prompts, one at a time) differ in any bit from the unpatched "
+                "server's.\n"
             ).format(**row, **row["off"])
     totals: dict[str, list[int]] = {}
     for row in rows:
@@ -247,17 +263,99 @@ def profile(rows: Sequence[Row]) -> str:
     return text + "\nThroughput of 16 prompts at once, likewise:\n" + table(throughput)
 
 
+def graphs(rows: Sequence[Row]) -> str:
+    text = []
+    for row in rows:
+        if "layer" not in row:
+            continue
+        old, new = row["layer"]["unpatched"], row["layer"]["patched"]
+        first = [1e3 * x for x in row["first_token"]["medians"]]
+        attention = old["attention_us"] * row["layers"] / 1e3
+        text.append(
+            {
+                "tokens": row["tokens"],
+                "launches of a pass": f"{old['launches']} -> {new['launches']}",
+                "us of a layer": f"{old['us']:.0f} -> {new['us']:.0f}",
+                "of it torch's copies": f"{old['copies_us']:.0f} -> {new['copies_us']:.0f}",
+                "attention, apart": f"{old['attention_us']:.0f}",
+                "first token": "{:.2f} ms -> {:.2f} ms".format(*first),
+                "less, without attention": f"{1 - first[1] / (first[0] - attention):.1%}",
+            }
+        )
+    return table(text)
+
+
 def _sides(measured: Mapping[str, Sequence[float]], scale: float, form: str) -> Row:
     old, new = (form.format(scale * x) for x in measured["medians"])
     best = " -> ".join(form.format(scale * x) for x in measured["best"])
     return {"unpatched": old, "patched": new, "best": best}
 
 
+FA3 = """
+`--prefill-attention-backend fa3`, SGLang's default on Hopper, with an FP8 cache: nothing is
+stood in for. Decode is triton's.
+"""
+
+FA3_TIME = """
+The models of the section above, with a BF16 cache too. GPU time of a round of prompts,
+from SGLang's profiler: preparation and attention of all layers. Over HTTP, medians of
+rounds asked of all servers in turn; the ratios to the unpatched server have 95% bootstrap
+intervals, and that of a second unpatched server is the noise.
+"""
+
+
+def fa3(rows: Sequence[Row]) -> str:
+    return compare([row for row in rows if "pair" in row]) + load(rows)
+
+
+def fa3_time(rows: Sequence[Row]) -> str:
+    gpu, http = [], []
+    for row in rows:
+        behind = f" behind {row['prefix']}" if row["prefix"] else ""
+        what = f"{row['prompts']} x {row['tokens']}{behind}"
+        who = {"layers of": MODELS[row["model"]], "tokens": what}
+        total = {
+            side: x["preparation_us"] + x["attention_us"]
+            for side, x in row["gpu"].items()
+        }
+        launches = [
+            row["gpu"][side]["preparation_launches"]
+            for side in ("unpatched", "patched")
+        ]
+        gpu.append(
+            {
+                **who,
+                **{side: f"{us / 1e3:.2f} ms" for side, us in total.items()},
+                "unpatched / patched": f"{total['unpatched'] / total['patched']:.2f}",
+                "BF16 / patched": f"{total['BF16 cache'] / total['patched']:.2f}",
+                "launches": "{:.0f} -> {:.0f}".format(*launches),
+            }
+        )
+        sides = list(row["gpu"])
+        http.append(
+            {
+                **who,
+                **{side: f"{ms:.2f} ms" for side, ms in zip(sides, row["http_ms"])},
+                **{
+                    f"{side} / unpatched": _interval(ratio)
+                    for side, ratio in zip(sides[1:], row["ratios"])
+                },
+            }
+        )
+    return (
+        table(gpu) + "\nOver HTTP, until the last prompt has its token:\n" + table(http)
+    )
+
+
 SECTIONS = {
     "compare": ("One GPU: answers and what the kernels were handed", COMPARE, compare),
+    "lse": ("Base-2 log-sum-exps", LSE, compare),
     "parallel": ("Two GPUs", "", compare),
     "load": ("Load and a kill", LOAD, load),
     "profile": ("Launches and time", PROFILE, profile),
+    "graphs": ("Prefill CUDA graphs", GRAPHS, graphs),
+    "fa3": ("Hopper: fa3, nothing stood in", FA3, fa3),
+    "fa3 time": ("Hopper: time", FA3_TIME, fa3_time),
 }
 
 

@@ -18,11 +18,13 @@ from e2e.reference import Reference
 from e2e.servers import Server, start_all
 from mla_standin.models import VOCAB, make_model
 
-TOKENSPEED, TRTLLM = "tokenspeed_mla", "trtllm_mla"
+TOKENSPEED, TRTLLM, FA3 = "tokenspeed_mla", "trtllm_mla", "fa3"
 SIDES = ("unpatched", "patched")
-# SGLang merges prefix chunks by natural log-sum-exps, trtllm-gen returns base-2 ones;
-# natural ones here let errors show that wrong weights would hide.
+# trtllm-gen returns base-2 log-sum-exps, which the patch converts and SGLang merges as
+# natural ones; natural ones, to the unpatched server, let errors show that wrong weights
+# would hide.
 NATURAL = {"STANDIN_LSE": "natural"}
+OFF = {"SGLANG_MLA_FP8_PREFILL": "off", "SGLANG_MLA_FP8_PREFILL_LSE": "e"}
 SMALL_PREFIX_CHUNKS = {"SGLANG_MAX_KV_CHUNK_CAPACITY": "8192"}
 # Servers that run side by side, each with three processes and a few GB of memory.
 SIDE_BY_SIDE = max(2, 3 * (os.cpu_count() or 1) // 4)
@@ -38,47 +40,88 @@ class Case:
     decode: str = ""  # another backend for decoding
     more: tuple[str, ...] = ()
     model: str = "deepseek_v3"
-    env: Mapping[str, str] = field(default_factory=lambda: NATURAL)
+    unpatched_model: str = ""  # the same weights, where SGLang refuses the model
+    env: Mapping[str, str] = field(default_factory=dict)
     patched_env: Mapping[str, str] = field(default_factory=dict)
     scenarios: tuple[str, ...] = ("alone", "at once", "behind prefixes")
-    # A third server, patched but with the hook off, must equal the unpatched one.
+    # Whether the unpatched server gets natural log-sum-exps; without, it is to be worse.
+    natural: bool = True
+    # A third server, patched but switched off, must equal the unpatched one.
     off: bool = False
     # Data-parallel ranks have a prefix cache each.
     hits: bool = True
     # Batches must come with rows past those of requests.
     padding: bool = False
+    # SGLang's own choice of prefill CUDA graphs, which run FlashInfer's kernel and none of
+    # the stand-ins.
+    prefill_graphs: bool = False
     # Among what --quick runs.
     quick: bool = False
+    # Whether attention kernels are stood in for.
+    standin: bool = True
 
     def arguments(self) -> list[str]:
         backends = ["--attention-backend", self.backend]
         if self.decode:
             backends = ["--prefill-attention-backend", self.backend]
             backends += ["--decode-attention-backend", self.decode]
+        if not self.prefill_graphs:
+            backends += ["--disable-piecewise-cuda-graph"]
         return [*backends, "--chunked-prefill-size", str(self.chunk), *self.more]
 
 
 def one_gpu_cases() -> list[Case]:
-    some = {**NATURAL, **SMALL_PREFIX_CHUNKS}
     plain = [
         case
         for b in (TOKENSPEED, TRTLLM)
         for case in (
-            Case("chunks of 2048", b, env=some, off=True, quick=True),
+            Case("chunks of 2048", b, env=SMALL_PREFIX_CHUNKS, off=True, quick=True),
             Case("not chunked", b, chunk=-1),
         )
     ]
-    base_2 = "chunks of 2048, base-2 LSE"
     composed = {"SGLANG_MLA_FP8_PREFILL": "composed"}
     return [
         *plain,
-        Case("chunks of 512", TOKENSPEED, chunk=512, env=some),
-        Case(base_2, TRTLLM, env=SMALL_PREFIX_CHUNKS, scenarios=("behind prefixes",)),
+        Case("chunks of 512", TOKENSPEED, chunk=512, env=SMALL_PREFIX_CHUNKS),
         Case("decode by tokenspeed_mla", TRTLLM, chunk=512, decode=TOKENSPEED),
         Case("decode by trtllm_mla", TOKENSPEED, decode=TRTLLM),
         Case("composed producer", TRTLLM, patched_env=composed),
         Case("K and V scales", TRTLLM, model="scaled"),
+        Case(
+            "K and V scales",
+            TOKENSPEED,
+            model="scaled",
+            unpatched_model="deepseek_v3",
+        ),
         Case("V2-Lite", TOKENSPEED, model="v2_lite"),
+    ]
+
+
+def base_2_case() -> Case:
+    """Unpatched too, the kernel returns base-2 log-sum-exps, as trtllm-gen."""
+    return Case(
+        "chunks of 2048, base-2 LSE",
+        TRTLLM,
+        env=SMALL_PREFIX_CHUNKS,
+        scenarios=("behind prefixes",),
+        natural=False,
+        quick=True,
+    )
+
+
+def fa3_case(name: str, env: Mapping[str, str] = {}, **fields) -> Case:
+    """Prefill by FlashAttention-3, as MHA behind any prefix."""
+    env = {"SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD": "1", **env}
+    return Case(name, FA3, decode="triton", env=env, standin=False, **fields)
+
+
+def fa3_cases() -> list[Case]:
+    # Batches of more tokens attend to their prefixes in chunks.
+    chunks = {"SGLANG_MAX_KV_CHUNK_CAPACITY": "2048"}
+    return [
+        fa3_case("prefix in one shot", off=True, quick=True),
+        fa3_case("prefix in chunks of 2048", chunks, quick=True),
+        fa3_case("K and V scales", model="scaled"),
     ]
 
 
@@ -93,7 +136,7 @@ def two_gpu_cases() -> list[Case]:
     # Tokens are scattered over the ranks between MLPs, and so padded to an even number.
     by_rank = (*tp, "--moe-dense-tp-size", "1")
     # References and other servers take unequal parts of the two GPUs.
-    env = {**NATURAL, "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
+    env = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
     return [
         case
         for b in (TOKENSPEED, TRTLLM)
@@ -123,15 +166,22 @@ class Run:
             return make_model(kind, self.folder / "models" / kind)
 
     def server(self, case: Case, side: str, gpus: Sequence[int]) -> Server:
-        """`side` is "unpatched", "off" (patched, with the hook off) or patched."""
-        site, env = self.trees.patched, {**case.env, **case.patched_env}
+        """`side` is "unpatched", "off" (patched, but switched off) or "patched"."""
+        site = self.trees.unpatched if side == "unpatched" else self.trees.patched
+        model = case.model
         if side == "unpatched":
-            site, env = self.trees.unpatched, case.env
-        elif side == "off":
-            env = {**case.env, "SGLANG_MLA_FP8_PREFILL": "off"}
+            model = case.unpatched_model or model
+        env = {**case.env, **(case.patched_env if side == "patched" else {})}
+        if case.natural and side != "patched":
+            env |= NATURAL
+        if side == "off":
+            env |= OFF
         name = f"{case.name}-{case.backend}-{side}".replace(", ", "-").replace(" ", "-")
         folder = self.folder / "servers" / name
-        return Server(folder, site, self.model(case.model), case.arguments(), env, gpus)
+        arguments = case.arguments()
+        return Server(
+            folder, site, self.model(model), arguments, env, gpus, case.standin
+        )
 
     def expected(self, kind: str) -> Future:
         """Will be transformers' log-probabilities of all prompts, by name."""
@@ -157,11 +207,20 @@ def check_record(
     server: Server, hook_on: bool
 ) -> tuple[dict[str, list[int]], list[str]]:
     """What reached the attention kernels, {"<kernel>, <kind>": [calls, of them padded,
-    of them with requests without keys, tokens]}, and what is wrong with it."""
+    of them with requests without keys, tokens]}, and what is wrong with it, or with what
+    the log says."""
+    log = server.log_since(0)
+    problems = []
+    if hook_on != ("FP8 prefill preparation with the" in log):
+        problems.append(f"the log {'does not say' if hook_on else 'says'} FP8 on")
+    declined = re.search("FP8 prefill preparation declines a batch.*", log)
+    if hook_on and declined:
+        problems.append(declined[0])
+    if not server.standin:
+        return {}, problems
     record = server.record()
     kinds = {True: "causal", False: "prefix chunk", None: "decode"}
     totals: dict[str, list[int]] = {}
-    problems = []
     for call in record["calls"]:
         dtypes = {call[f"{x}_dtype"] for x in "qkv"}
         if dtypes != {"float8_e4m3fn"} or not call["contiguous"]:
@@ -171,18 +230,13 @@ def check_record(
         padded, keyless = call.get("padded", 0), call.get("requests_without_keys", 0)
         more = [count, count * padded, count * keyless, call["tokens"]]
         totals[name] = [a + b for a, b in zip(totals.get(name, [0] * 4), more)]
-    if not any("causal" in name for name in totals):
+    # The base of the log-sum-exps is found by a call in each of one or two processes.
+    if not any("causal" in name and calls > 2 for name, (calls, *_) in totals.items()):
         problems.append("no prefill kernel was called")
     if record["nan"]:
         problems.append(f"{record['nan']} NaN went into the kernels or came out")
     if hook_on and record["late_compiles"]:
         problems.append(f"compiled by a request: {record['late_compiles']}")
-    log = server.log_since(0)
-    if hook_on != ("FP8 prefill preparation with the" in log):
-        problems.append(f"the log {'does not say' if hook_on else 'says'} FP8 on")
-    declined = re.search("FP8 prefill preparation declines a batch.*", log)
-    if hook_on and declined:
-        problems.append(declined[0])
     return totals, problems
 
 
@@ -228,6 +282,8 @@ def run_pair(run: Run, case: Case, gpus: Sequence[int]) -> dict[str, Any]:
             continue
         row[scenario] = compare.ratio(found)
         problems += compare.problems_of(where, scenario, row[scenario])
+    if not case.natural and not row["all"]["ratio"][2] < 1:
+        problems.append(f"{where}: no nearer to transformers than with wrong weights")
     if case.off:
         off, unpatched = (answers[side]["alone"] for side in ("off", "unpatched"))
         row["off"] = compare.bit_equal(off, unpatched)

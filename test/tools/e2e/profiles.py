@@ -11,6 +11,7 @@ checkpoints lack.
 from __future__ import annotations
 
 import bisect
+import functools
 import gzip
 import json
 import shutil
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 from e2e.servers import Request, Server
 from mla_standin.kernels import CAUSAL, RANGE
+from mla_standin.models import KINDS
 from resampling import ratio_of_medians
 
 PAIRS = tuple(
@@ -35,12 +37,31 @@ PAIRS = tuple(
 QUICK_PAIRS = (PAIRS[0], PAIRS[-1])  # each model and each backend once
 VOCAB = 512
 # Chunks as large as the prompts; idle schedulers would take the CPU from the one that
-# is timed.
+# is timed. Kernels that do nothing have no base of log-sum-exps to find.
 CASE = {
     "chunk": 16384,
     "more": ("--max-prefill-tokens", "16384", "--sleep-on-idle"),
-    "env": {"STANDIN_COMPUTE": "none", "SGLANG_MAX_KV_CHUNK_CAPACITY": "2048"},
+    "env": {
+        "STANDIN_COMPUTE": "none",
+        "SGLANG_MAX_KV_CHUNK_CAPACITY": "2048",
+        "SGLANG_MLA_FP8_PREFILL_LSE": "2",
+    },
 }
+
+# What a prefill in a piecewise CUDA graph pays for is the size of the pool.
+GRAPHS_SIZES = (64, 512, 2048)
+GRAPHS_POOL = 400_000
+GRAPHS_CASE = {
+    **CASE,
+    "prefill_graphs": True,
+    "more": (
+        *CASE["more"],
+        *("--max-total-tokens", str(GRAPHS_POOL)),
+        # Instead of fifty sizes, which take longer to capture.
+        *("--piecewise-cuda-graph-tokens", *map(str, GRAPHS_SIZES)),
+    ),
+}
+FLASHINFER_MLA, TORCH_COPY = "BatchMLAPage", "copy_kernel"
 
 # Kernels of a layer that the patch has no part in, by parts of their names. cuBLAS
 # clears its workspace by memset; nothing else in a layer does.
@@ -113,6 +134,8 @@ def usual_layer(layers: Sequence[Work]) -> dict[str, Any]:
     Between the last layer of a pass and the first of the next come sampling, scheduling
     and embedding; the layers inside passes, which are more, all launch the same kernels.
     """
+    if not layers:
+        return {}
     shapes = Counter(tuple(name for name, _ in layer) for layer in layers)
     shape, _ = shapes.most_common(1)[0]
     usual = [x for x in layers if tuple(name for name, _ in x) == shape]
@@ -130,10 +153,55 @@ def usual_layer(layers: Sequence[Work]) -> dict[str, Any]:
     }
 
 
-def profile(
-    server: Server, requests: Sequence[Request], prefix: int, seconds: float = 60
+def forward_pass(
+    events: Iterable[dict[str, Any]], passes: int, layers: int
 ) -> dict[str, Any]:
-    """The usual layer of the requests, served one after another."""
+    """The mean of a trace's forward passes: host calls that launch work, graphs among
+    them, and microseconds of GPU time by layer: all but FlashInfer's attention, torch's
+    copies outside graphs, which are part of it, and that attention."""
+    complete = [e for e in events if e.get("ph") == "X" and "cat" in e]
+    calls = {
+        e["args"]["correlation"]: e["name"]
+        for e in complete
+        if e["cat"] in ("cuda_runtime", "cuda_driver")
+        and "correlation" in e.get("args", {})
+    }
+    us = Counter()
+    used = set()
+    for e in complete:
+        call = e.get("args", {}).get("correlation")
+        if e["cat"] not in ("kernel", "gpu_memcpy", "gpu_memset") or call not in calls:
+            continue
+        used.add(call)
+        captured = "GraphLaunch" in calls[call]
+        if FLASHINFER_MLA in e["name"]:
+            us["attention_us"] += e["dur"]
+            continue
+        us["us"] += e["dur"]
+        if TORCH_COPY in e["name"] and not captured:
+            us["copies_us"] += e["dur"]
+    if not used:
+        return {}
+    parts = ("us", "copies_us", "attention_us")
+    return {
+        "launches": round(len(used) / passes),
+        "graphs": round(sum("GraphLaunch" in calls[x] for x in used) / passes),
+        **{part: round(us[part] / passes / layers, 3) for part in parts},
+    }
+
+
+def usual_layer_of(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    layers = layers_of(events)
+    return usual_layer(layers) if layers else {}
+
+
+def profile(
+    server: Server,
+    ask: Callable[[], object],
+    read: Callable[[list[dict[str, Any]]], dict[str, Any]] = usual_layer_of,
+    seconds: float = 60,
+) -> dict[str, Any]:
+    """What `read` finds in SGLang's trace of what is asked."""
     folder = Path(server.folder, "profile")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -141,31 +209,35 @@ def profile(
     # SGLang's defaults, which make large traces that say no more of launches.
     body |= {"with_stack": False, "record_shapes": False}
     server.post("/start_profile", body).raise_for_status()
-    for request in requests:
-        _seconds(server, request, prefix)
+    ask()
     server.post("/stop_profile").raise_for_status()
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         for path in sorted(folder.rglob("*.gz")):
             try:
                 with gzip.open(path) as f:
-                    layers = layers_of(json.load(f)["traceEvents"])
+                    found = read(json.load(f)["traceEvents"])
             except (EOFError, OSError, ValueError, zlib.error):
                 continue  # still being written
-            if layers:
-                return usual_layer(layers)
+            if found:
+                return found
         time.sleep(0.5)
-    raise TimeoutError(f"{server.name}: no trace with attention in {folder}")
+    raise TimeoutError(f"{server.name}: no trace of the requests in {folder}")
 
 
-def _prompt(seed: int, size: int, prefix: int) -> Request:
+def one_by_one(server: Server, requests: Sequence[Request], prefix: int = 0) -> None:
+    for request in requests:
+        seconds_of(server, request, prefix)
+
+
+def prompt(seed: int, size: int, prefix: int) -> Request:
     """`size` random tokens behind the same `prefix` ones."""
     head = np.random.default_rng([0, 7]).integers(VOCAB, size=prefix)
     tail = np.random.default_rng([1, seed]).integers(VOCAB, size=size)
     return Request([*head.tolist(), *tail.tolist()])
 
 
-def _seconds(server: Server, request: Request, prefix: int = 0) -> float:
+def seconds_of(server: Server, request: Request, prefix: int = 0) -> float:
     answer = server.generate(request)
     if answer.error is not None:
         raise RuntimeError(f"{server.name}: {answer.error}")
@@ -173,6 +245,13 @@ def _seconds(server: Server, request: Request, prefix: int = 0) -> float:
         cached = answer.cached_tokens
         raise RuntimeError(f"{server.name}: {cached} cached tokens behind {prefix}")
     return answer.seconds
+
+
+def forget(server: Server, prefix: int) -> None:
+    """Flush the server's cache, but for the prefix, which it computes anew."""
+    server.flush_cache()
+    if prefix:
+        server.generate(prompt(0, 1, prefix))
 
 
 def in_turn(
@@ -200,12 +279,10 @@ def time_to_first_token(
     def measure(server: Server, i: int) -> float:
         if not prefix:
             server.flush_cache()  # or a full pool makes room in what is timed
-        return _seconds(server, _prompt(1000 + i, size, prefix), prefix)
+        return seconds_of(server, prompt(1000 + i, size, prefix), prefix)
 
     for server in servers:
-        server.flush_cache()
-        if prefix:
-            server.generate(_prompt(0, 1, prefix))
+        forget(server, prefix)
     return in_turn(servers, measure, times, warm=2)
 
 
@@ -216,7 +293,7 @@ def throughput(
 
     def measure(server: Server, i: int) -> float:
         server.flush_cache()
-        requests = [_prompt(count * i + k, size, 0) for k in range(count)]
+        requests = [prompt(count * i + k, size, 0) for k in range(count)]
         started = time.monotonic()
         answers = server.generate_all(requests, concurrency=count)
         seconds = time.monotonic() - started
@@ -266,9 +343,10 @@ def measure(
         for server in pair:
             server.flush_cache()
             for seed in (0, 1):  # the second finds the prefix
-                _seconds(server, _prompt(seed, size, prefix))
-            requests = [_prompt(10 + i, size, prefix) for i in range(3)]
-            layers.append(profile(server, requests, prefix))
+                seconds_of(server, prompt(seed, size, prefix))
+            requests = [prompt(10 + i, size, prefix) for i in range(3)]
+            ask = functools.partial(one_by_one, server, requests, prefix)
+            layers.append(profile(server, ask))
         seconds = time_to_first_token(pair, size, prefix, times)
         yield {
             "tokens": size,
@@ -280,3 +358,41 @@ def measure(
     size, count = shapes[-1][0] // 4, 16
     rates = ratio_row(*throughput(pair, size, count, storms), max)
     yield dict(tokens=size, prompts=count, throughput=rates, problems=[])
+
+
+def graph_problems(
+    where: str, unpatched: dict[str, Any], patched: dict[str, Any]
+) -> list[str]:
+    """Where only the patched server may do without graphs, and has to take less time."""
+    found = []
+    if not unpatched["graphs"] or not unpatched["attention_us"]:
+        found.append(f"{where}: the unpatched server's prefills ran in no graph")
+    if patched["graphs"]:
+        found.append(f"{where}: the patched server's prefills ran in a graph")
+    if patched["us"] >= unpatched["us"]:
+        found.append(f"{where}: {patched['us']} us, unpatched {unpatched['us']}")
+    return found
+
+
+def measure_graphs(
+    pair: Sequence[Server], model: str, quick: bool
+) -> Iterator[dict[str, Any]]:
+    """Rows of results of an unpatched server with prefill graphs and a patched one."""
+    passes, layers = 3, KINDS[model]["num_hidden_layers"]
+    read = functools.partial(forward_pass, passes=passes, layers=layers)
+    for size in GRAPHS_SIZES:
+        found = []
+        for server in pair:
+            server.flush_cache()
+            seconds_of(server, prompt(0, size, 0))
+            requests = [prompt(10 + i, size, 0) for i in range(passes)]
+            ask = functools.partial(one_by_one, server, requests)
+            found.append(profile(server, ask, read))
+        seconds = time_to_first_token(pair, size, 0, 10 if quick else 40)
+        yield {
+            "tokens": size,
+            "layers": layers,
+            "layer": dict(zip(("unpatched", "patched"), found)),
+            "first_token": ratio_row(*seconds, min),
+            "problems": graph_problems(f"{size} tokens", *found),
+        }

@@ -1,4 +1,5 @@
-"""Starts, asks and ends real SGLang servers on the stand-ins of `mla_standin`.
+"""Starts, asks and ends real SGLang servers, those of SM100 backends on the stand-ins of
+`mla_standin`.
 
 SGLang's own `popen_launch_server` runs the program `sglang` of PATH and waits for it;
 these servers import one of two trees, run another main module and come up side by side.
@@ -33,7 +34,6 @@ COMMON = (
     *("--kv-cache-dtype", "fp8_e4m3"),
     *("--page-size", "64"),
     "--disable-cuda-graph",
-    "--disable-piecewise-cuda-graph",
     *("--sampling-backend", "pytorch"),
     *("--max-total-tokens", "65536"),
     *("--mem-fraction-static", "0.85"),
@@ -185,7 +185,8 @@ def _kill(processes: Sequence[psutil.Process]) -> None:
 
 class Server:
     """One server process. `site` is the folder of the SGLang that it imports; `folder`,
-    which names it, takes its log and the stand-ins' records."""
+    which names it, takes its log and the records of stand-ins, where it runs on them.
+    """
 
     def __init__(
         self,
@@ -195,8 +196,10 @@ class Server:
         args: Sequence[str] = (),
         env: Mapping[str, str] = {},
         gpus: Sequence[int] = (0,),
+        standin: bool = True,
     ):
         self.name = folder.name
+        self.standin = standin
         self.folder, self.site, self.model = folder, site, model
         self.args, self.env, self.gpus = args, env, gpus
         self.log = folder / "log"
@@ -216,9 +219,10 @@ class Server:
     def start(self) -> None:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
+        package = "mla_standin" if self.standin else "sglang"
         paths = [str(self.site), str(TEST), os.environ.get("PYTHONPATH", "")]
         command = [
-            *(sys.executable, "-m", "mla_standin.launch_server"),
+            *(sys.executable, "-m", f"{package}.launch_server"),
             *("--model-path", str(self.model)),
             *("--host", "127.0.0.1", "--port", str(port)),
             # SGLang's own choice may be taken by the time it listens.

@@ -51,8 +51,11 @@ TOKENS = get_benchmark_range(
 HEADS = get_benchmark_range(full_range=[16, 32, 64, 128], ci_range=[16, 128])
 PREFILL, PACK = "mla_prefill_quantize_fp8", "mla_kv_pack_quantize_fp8"
 QUANTIZE = "fp8_quantize"
+# Without K and V, as one-shot attention over a prefix takes it.
+Q_AND_CACHE = "mla_prefill_quantize_fp8, kv=None"
 CASES = [
     *itertools.product([PREFILL], HEADS, TOKENS),
+    *itertools.product([Q_AND_CACHE], [16, 128], TOKENS),
     *itertools.product([PACK], [128], TOKENS),
     (QUANTIZE, 128, 8192),
 ]
@@ -98,7 +101,7 @@ def sglang_0_5_13_prefill(quantize, x):
     return q_fp8, k_fp8, v_fp8
 
 
-def bf16_prefill(x):
+def bf16_q_and_cache(x):
     q, k_pe = x["q"], x["k_pe"]
     q_pe = q[..., x["qk_nope_head_dim"] :]
     apply_rope_with_cos_sin_cache_inplace(
@@ -106,7 +109,11 @@ def bf16_prefill(x):
     )
     q[..., x["qk_nope_head_dim"] :] = q_pe
     write_cache(x, x["kv_a"].unsqueeze(1).to(FP8), k_pe.to(FP8))
-    return q.to(FP8), *bf16_pack(*k_and_v(x))
+    return q.to(FP8), None, None
+
+
+def bf16_prefill(x):
+    return bf16_q_and_cache(x)[0], *bf16_pack(*k_and_v(x))
 
 
 def bf16_pack(k_nope, k_pe, v):
@@ -129,6 +136,11 @@ def load_peer(folder, name):
 
 def get_providers(operation, peers):
     """From the inputs of a prefill to a tuple of results, by provider."""
+    if operation == Q_AND_CACHE:
+        return {
+            "fused": lambda x: mla_prefill_quantize_fp8(**{**x, "kv": None}),
+            "bf16": bf16_q_and_cache,
+        }
     peer = peers and load_peer(peers, QUANTIZE if operation == PREFILL else operation)
     if operation == PREFILL:
         providers = {
@@ -168,25 +180,29 @@ def bytes_moved(operation, dims, tokens):
     heads, nope, rope, v, lora = dims
     if operation == QUANTIZE:
         return tokens * heads * 3 * v
-    pack = tokens * (heads * (2 * (nope + v) + nope + rope + v) + 2 * rope)
+    pack = tokens * heads * (2 * (nope + v) + nope + rope + v)
+    k_pe = tokens * 2 * rope
     if operation == PACK:
-        return pack
+        return pack + k_pe
     # And q, the cache row, position and slot, cosines and sines.
     row = 2 * lora + lora + rope + 8 + 8 + 4 * rope
-    return pack + tokens * (heads * 3 * (nope + rope) + row)
+    q_and_cache = tokens * (heads * 3 * (nope + rope) + row) + k_pe
+    return q_and_cache + (pack if operation == PREFILL else 0)
 
 
 def check(operation, provider, function, dims):
     """Raise unless the results are those of the definition."""
     (x,) = make_inputs(dims, tokens=512)
     # Before the call, as bf16_prefill rotates in place. Packing does not rotate.
-    plain = {} if operation == PREFILL else {"cos_sin_cache": None}
-    wanted = expected_prefill({**x, **plain})
-    wanted = {PREFILL: wanted, PACK: wanted[1:3], QUANTIZE: [wanted.v]}[operation]
+    whole = operation in (PREFILL, Q_AND_CACHE)
+    wanted = expected_prefill(x if whole else {**x, "cos_sin_cache": None})
+    wanted = {PACK: wanted[1:3], QUANTIZE: [wanted.v]}.get(operation, wanted)
     results = function(x)
     if len(results) == 3:
         results = *results, x["kv_cache"][x["cache_loc"]].flatten(1)
     for actual, exact in zip(results, wanted):
+        if actual is None:
+            continue
         difference = fp8_difference(actual, exact)
         # What is rounded to BF16 first is off by a step here and there.
         enough = difference.within_bounds or provider == "bf16"

@@ -219,8 +219,8 @@ class PrefillResult(NamedTuple):
     """q, k, v and cache rows of a prefill; of the definition, in float64."""
 
     q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
+    k: Optional[torch.Tensor]
+    v: Optional[torch.Tensor]
     rows: torch.Tensor
 
 
@@ -229,15 +229,18 @@ def expected_prefill(
 ) -> PrefillResult:
     """The unrounded results of ``mla_prefill_quantize_fp8`` on these arguments; `rows`
     are those of the cached tokens, in their order."""
-    q, kv, nope = inputs["q"], inputs["kv"].double(), inputs["qk_nope_head_dim"]
+    q, kv, nope = inputs["q"], inputs["kv"], inputs["qk_nope_head_dim"]
     rope = inputs["positions"], inputs["cos_sin_cache"], inputs["is_neox"]
     k_pe = rotate(inputs["k_pe"].flatten(1)[:, None], *rope)
-    k = torch.cat([kv[..., :nope], k_pe.expand(-1, q.shape[1], -1)], dim=-1)
+    k = v = None
+    if kv is not None:
+        k_nope, v = kv[..., :nope].double(), kv[..., nope:].double() * v_scale_inv
+        k = torch.cat([k_nope, k_pe.expand(-1, q.shape[1], -1)], dim=-1) * k_scale_inv
     cached = 0 if inputs["cache_loc"] is None else len(inputs["cache_loc"])
     rows = torch.cat([inputs["kv_a"].double(), k_pe[:, 0]], dim=-1)
     return PrefillResult(
         torch.cat([q[..., :nope].double(), rotate(q[..., nope:], *rope)], dim=-1),
-        k * k_scale_inv,
-        kv[..., nope:] * v_scale_inv,
+        k,
+        v,
         rows[:cached],
     )

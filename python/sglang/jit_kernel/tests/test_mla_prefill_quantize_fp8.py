@@ -49,6 +49,9 @@ def run(inputs, scale_invs=(1.0, 1.0), **options):
         outputs = mla_prefill_quantize_fp8(**inputs, **options)
     wanted = expected_prefill(inputs, *scale_invs)
     for actual, value in zip(outputs, wanted):
+        if value is None:
+            assert actual is None
+            continue
         assert actual.is_contiguous()
         assert_fp8(actual, value)
     if inputs["kv_cache"] is not None:
@@ -113,6 +116,13 @@ def test_fewer_slots_than_tokens():
 
 def test_without_cache():
     run({**prefill_inputs(DIMS, 13), "kv_cache": None, "cache_loc": None})
+
+
+@pytest.mark.parametrize("is_neox", ROPE.values(), ids=ROPE)
+@pytest.mark.parametrize("dims", SHAPES, ids=str)
+def test_without_k_and_v(dims, is_neox):
+    for tokens in (1, 17, 0):
+        run({**prefill_inputs(dims, tokens, is_neox), "kv": None})
 
 
 def test_layouts():
@@ -250,7 +260,7 @@ def test_random_calls(case):
     layout = dict(dtype=dtype, before=pick.randint(0, 9), after=pick.randint(0, 9))
     inputs["q"] = slice_of(tokens, dims.heads, dims.nope + dims.rope, **layout)
     kv = slice_of(dims.heads, tokens, dims.nope + dims.v, **layout)
-    inputs["kv"] = kv.transpose(0, 1)
+    inputs["kv"] = pick.choice([kv.transpose(0, 1)] * 3 + [None])
     inputs["k_pe"] = slice_of(tokens, 1, dims.rope, **layout)
     inputs["cache_loc"] = inputs["cache_loc"][: pick.randint(0, tokens)]
     inputs["kv_cache"] = inputs["kv_cache"].view(torch.uint8)
@@ -275,6 +285,8 @@ def test_more_than_2_31_elements():
     # Slots far apart, so that their offsets pass 2^31 too.
     inputs = prefill_inputs(MODELS["deepseek-v3"], 70000, free_slots=4_000_000)
     outputs = mla_prefill_quantize_fp8(**inputs)
+    q_out, _, _ = mla_prefill_quantize_fp8(**{**inputs, "kv": None})
+    assert torch.equal(q_out.view(torch.uint8), outputs[0].view(torch.uint8))
     for rows in (slice(0, 3), slice(35000, 35003), slice(-3, None)):
         some = {name: inputs[name][rows] for name in PER_TOKEN}
         wanted = expected_prefill({**inputs, **some})

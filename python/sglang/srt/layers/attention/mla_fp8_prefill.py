@@ -1,4 +1,5 @@
-"""FP8 prefill for MLA attention backends: the hook, and its implementation.
+"""FP8 prefill for MLA attention backends: the hook, its implementation, and the base of
+the log-sum-exps that prefix chunks are merged by.
 
 **The hook.** ``DeepseekMHAForwardMixin.forward_normal_prepare`` asks the backend that
 will run the batch to take over before RoPE and the KV-cache write::
@@ -20,12 +21,19 @@ whether the hook takes the batch, and ``pack_prefix_chunk_kv(k_nope, k_pe, v, la
 (k, v)``, which turns a prefix chunk, gathered from the cache and projected in the
 model's dtype, into operands of the same kind; there ``layer`` is the ``RadixAttention``.
 ``q_data_type`` of the backend is that dtype.
+
+**Log-sum-exps.** SGLang merges the results of prefix chunks by natural log-sum-exps;
+trtllm-gen's ragged attention returns base-2 ones. With SGLANG_MLA_FP8_PREFILL_LSE=auto
+the backend finds the base of its kernel when it starts (``find_lse_base``), and base-2
+ones are converted before they go to a merge, whoever prepared the batch.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import math
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Callable, NamedTuple, Optional
 
 import torch
@@ -34,8 +42,10 @@ from sglang.jit_kernel.fp8_quantize import fp8_quantize
 from sglang.jit_kernel.mla_kv_pack_quantize_fp8 import mla_kv_pack_quantize_fp8
 from sglang.jit_kernel.mla_prefill_quantize_fp8 import mla_prefill_quantize_fp8
 from sglang.jit_kernel.utils import cache_once, is_arch_support_pdl
+from sglang.srt.distributed.parallel_state import get_tensor_model_parallel_rank
 from sglang.srt.environ import envs
 from sglang.srt.layers.attention.mla_fp8_prefill_internals import (
+    attention_tp_size,
     attn_backend_of,
     decode_context_parallel,
     in_cuda_graph,
@@ -66,6 +76,17 @@ QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 # KV pool's own write, which is also used where the pool's buffer may not be written
 # directly.
 FUSED, COMPOSED, OFF = "fused", "composed", "off"
+
+# Backends, as ServerArgs has them, that the hook turns prefill CUDA graphs off for.
+GRAPHLESS_BACKENDS = ("trtllm_mla", "tokenspeed_mla")
+
+# SGLANG_MLA_FP8_PREFILL_LSE is auto, or the base of the prefill kernel's log-sum-exps:
+# a key here, with the factor that makes them natural.
+AUTO = "auto"
+LSE_FACTORS = {"2": math.log(2), "e": 1.0}
+LSE_TOLERANCE = 0.01
+# What auto has found in this process, by backend class; None if the base is neither.
+_found_lse_bases: dict[type, Optional[str]] = {}
 
 
 @cache_once
@@ -202,6 +223,18 @@ def _kv_buffer(pool, layer_id: int) -> torch.Tensor:
     return pool.kv_buffer[layer_id - pool.start_layer]
 
 
+def _is_one_shot_over_prefix(forward_batch: ForwardBatch) -> bool:
+    return bool(
+        forward_batch.mha_one_shot and any(forward_batch.extend_prefix_lens_cpu)
+    )
+
+
+def _project_kv(layer: DeepseekV2AttentionMLA, kv_a: torch.Tensor) -> torch.Tensor:
+    """k_nope and v, [n, h, nope + v], of the latent kv_a [n, lora]."""
+    kv = layer.kv_b_proj(kv_a)[0]
+    return kv.view(-1, layer.num_local_heads, layer.qk_nope_head_dim + layer.v_head_dim)
+
+
 class _BatchDecision(NamedTuple):
     metadata: object
     reason: Optional[str]  # why the batch is declined, or None
@@ -211,18 +244,26 @@ class _BatchDecision(NamedTuple):
 class MLAFP8PrefillMixin:
     """Gives an MLA backend with FP8 prefill kernels the hook of this module.
 
-    The backend provides ``data_type``, ``q_data_type``, the model's dimensions,
-    ``forward_prefill_metadata`` and ``_run_prefill_kernel``, which is handed FP8 operands
-    of taken batches and operands in the model's dtype of declined ones. A subclass whose
-    kernel takes no FP8 sets ``prepare_prefill_qkv = None``.
+    The backend provides ``data_type``, ``q_data_type``, the model's dimensions and
+    ``scaling``, ``forward_prefill_metadata`` and ``_run_prefill_kernel``, which is handed
+    FP8 operands of taken batches and operands in the model's dtype of declined ones. A
+    subclass whose kernel takes no FP8 sets ``prepare_prefill_qkv = None``.
     """
 
-    # Whether _run_prefill_kernel gives k_scale and v_scale back to its kernel.
-    prefill_kernel_has_kv_scales = True
-    # k_scale and v_scale that the hook has divided this layer's K and V by.
+    # Whether the kernel attends to prefix and new tokens in one call (mha_one_shot).
+    attends_to_prefix_in_one_shot = False
+    # Whether the prefill kernel multiplies by v_scale; else its output is multiplied.
+    prefill_kernel_has_v_scale = True
+    # k_scale and v_scale that this layer's K and V are divided by.
     prefill_kv_scales = 1.0, 1.0
+    # False: as in SGLang, decode multiplies by k_scale though rows of the KV cache are not
+    # divided by it, and tokenspeed_mla's prefill knows no scales (0.5.12: asserts that
+    # both are 1).
+    corrects_kv_scales = False
+    # The base of that kernel's log-sum-exps, 2 or e; None has it found at start.
+    prefill_kernel_lse_base: Optional[str] = None
     # Rows of q that belong to requests; data-parallel padding follows them.
-    num_prefill_tokens = 0
+    num_prefill_tokens: Optional[int] = 0
 
     def init_fp8_prefill(self, model_runner: ModelRunner) -> None:
         """Decide what holds for the life of the process, log it, compile the kernels.
@@ -230,8 +271,8 @@ class MLAFP8PrefillMixin:
         Called at the end of the backend's ``__init__``.
 
         Raises:
-            ValueError: SGLANG_MLA_FP8_PREFILL has no such value, or the checkpoint has
-                scales that the prefill kernel does not take.
+            ValueError: SGLANG_MLA_FP8_PREFILL or SGLANG_MLA_FP8_PREFILL_LSE has no such
+                value.
         """
         self._configured_producer = envs.SGLANG_MLA_FP8_PREFILL.get().lower()
         if self._configured_producer not in (FUSED, COMPOSED, OFF):
@@ -239,6 +280,8 @@ class MLAFP8PrefillMixin:
                 f"SGLANG_MLA_FP8_PREFILL must be {FUSED}, {COMPOSED} or {OFF}, got "
                 f"{envs.SGLANG_MLA_FP8_PREFILL.get()!r}"
             )
+        self.corrects_kv_scales = self._configured_producer != OFF
+        self._lse_base = self._decide_lse_base()
         self._batch = _BatchDecision(self, None, None)
         self._process_reason = self._unsupported_reason()
         if self.skip_prefill:
@@ -254,6 +297,115 @@ class MLAFP8PrefillMixin:
             if torch.device(self.device).type == "cuda":
                 self._compile_prefill_kernels(producer, variants)
         _log_once(f"{type(self).__name__}: FP8 prefill preparation {outcome}")
+        if reason is None:
+            self._disable_prefill_cuda_graphs(model_runner)
+
+    @staticmethod
+    def _disable_prefill_cuda_graphs(model_runner: ModelRunner) -> None:
+        """Turn prefill CUDA graphs, piecewise or breakable, off where nothing else keeps
+        batches from the hook.
+
+        In a piecewise graph attention is absorbed and runs on FlashInfer's kernel, which
+        wants the layer's whole KV pool in the model's dtype. The model runner captures
+        after its backends are made. From 0.5.14 on there is no such setting.
+        """
+        server_args = model_runner.server_args
+        if (
+            getattr(server_args, "disable_piecewise_cuda_graph", True)
+            or server_args.enforce_piecewise_cuda_graph
+            or server_args.get_attention_backends()[0] not in GRAPHLESS_BACKENDS
+            or not any(
+                hasattr(module, "forward_normal_prepare")
+                for module in model_runner.model.modules()
+            )
+        ):
+            return
+        server_args.disable_piecewise_cuda_graph = True
+        _log_once(
+            "Prefill CUDA graphs are turned off for FP8 prefill preparation; "
+            "--enforce-piecewise-cuda-graph keeps them"
+        )
+
+    def _decide_lse_base(self) -> Optional[str]:
+        """The base of the log-sum-exps that go to a merge, 2 or e; None if it is not
+        known or nothing is merged."""
+        base = envs.SGLANG_MLA_FP8_PREFILL_LSE.get().lower()
+        if base not in (AUTO, *LSE_FACTORS):
+            raise ValueError(
+                f"SGLANG_MLA_FP8_PREFILL_LSE must be {AUTO}, {' or '.join(LSE_FACTORS)}, "
+                f"got {envs.SGLANG_MLA_FP8_PREFILL_LSE.get()!r}"
+            )
+        if self.prefill_kernel_lse_base is not None:
+            return self.prefill_kernel_lse_base
+        if base != AUTO:
+            return base
+        if self.skip_prefill or self.disable_chunked_prefix_cache:
+            return None
+        backend = type(self)
+        if backend in _found_lse_bases:
+            return _found_lse_bases[backend]
+        try:
+            base = self.find_lse_base()
+            outcome = "base 2, converted for merges" if base == "2" else "natural"
+            _log_once(f"{backend.__name__}: the log-sum-exps are {outcome}")
+        except Exception as error:
+            base = None
+            if get_tensor_model_parallel_rank() == 0:
+                logger.error(
+                    f"{backend.__name__}: the base of the log-sum-exps was not found; "
+                    "none are converted, and answers behind a cached prefix may be wrong "
+                    f"unless SGLANG_MLA_FP8_PREFILL_LSE is set to it: {error!r}"
+                )
+        _found_lse_bases[backend] = base
+        return base
+
+    def find_lse_base(self) -> str:
+        """The base of the log-sum-exps that ``_run_prefill_kernel`` returns, 2 or e.
+
+        To queries of zero all keys are alike, whatever the scales: the log-sum-exp is
+        the logarithm of the number of keys seen, i + 1 in row i of causal attention.
+
+        Raises:
+            ValueError: they have neither base in every row and head, causal and not.
+        """
+        n, heads = 256, self.num_local_heads
+        qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        q, k, v, out = (
+            torch.zeros(n, heads, dim, dtype=self.q_data_type, device=self.device)
+            for dim in (qk_head_dim, qk_head_dim, self.v_head_dim, self.v_head_dim)
+        )
+        cum_seq_lens = torch.tensor([0, n], dtype=torch.int32, device=self.device)
+        num_keys = torch.arange(1, n + 1, device=self.device).unsqueeze(1)
+        bases, last = set(LSE_FACTORS), []
+        for is_causal in (True, False):
+            _, lse = self._run_prefill_kernel(
+                q=q,
+                k=k,
+                v=v,
+                layer=SimpleNamespace(scaling=self.scaling),
+                batch_size=1,
+                cum_seq_lens_q=cum_seq_lens,
+                max_q_len=n,
+                seq_lens_kv=cum_seq_lens[1:],
+                cum_seq_lens_kv=cum_seq_lens,
+                max_kv_len=n,
+                is_causal=is_causal,
+                return_lse=True,
+                out_buffer=out,
+            )
+            wanted = (num_keys if is_causal else num_keys[-1:]).log()
+            bases = {
+                base
+                for base in bases
+                if ((lse * LSE_FACTORS[base] - wanted).abs() < LSE_TOLERANCE).all()
+            }
+            last.append(round(lse[-1, 0].item(), 3))
+        if not bases:
+            raise ValueError(
+                f"{n} equal keys have log-sum-exps like {last} (causal, not causal), "
+                f"where 2 would give {math.log2(n):.3f} and e {math.log(n):.3f}"
+            )
+        return bases.pop()
 
     def _unsupported_reason(self) -> Optional[str]:
         """Why no batch of this process can be taken, or None."""
@@ -315,57 +467,59 @@ class MLAFP8PrefillMixin:
                 is_neox=bool(is_neox),
             )
             if producer == FUSED:
-                mla_prefill_quantize_fp8(
-                    **inputs,
-                    qk_nope_head_dim=nope,
-                    kv_cache=zeros(1, 1, lora + rope, dtype=FP8),
-                    cache_loc=index,
-                    k_scale_inv=scale_invs[0],
-                    v_scale_inv=scale_invs[1],
-                )
+                for kv_or_none in [kv, None][: 1 + self.attends_to_prefix_in_one_shot]:
+                    mla_prefill_quantize_fp8(
+                        **{**inputs, "kv": kv_or_none},
+                        qk_nope_head_dim=nope,
+                        kv_cache=zeros(1, 1, lora + rope, dtype=FP8),
+                        cache_loc=index,
+                        k_scale_inv=scale_invs[0],
+                        v_scale_inv=scale_invs[1],
+                    )
             else:
                 self._prepare_composed(**inputs, scale_invs=scale_invs)
             mla_kv_pack_quantize_fp8(kv[..., :nope], k_pe, kv[..., nope:], *scale_invs)
 
-    def _prefill_scale_invs(self, layer: RadixAttention) -> tuple[float, float]:
+    @staticmethod
+    def _prefill_scale_invs(layer: RadixAttention) -> tuple[float, float]:
         """(1 / k_scale, 1 / v_scale) of the checkpoint."""
         k_scale, v_scale = layer.k_scale_float, layer.v_scale_float
-        k_scale = 1.0 if k_scale is None else k_scale
-        v_scale = 1.0 if v_scale is None else v_scale
-        if k_scale == 1.0 and v_scale == 1.0:
-            return 1.0, 1.0
-        if not self.prefill_kernel_has_kv_scales:
-            raise ValueError(
-                f"{type(self).__name__}: the prefill kernel takes no K or V scale, but "
-                f"layer {layer.layer_id} has k_scale_float={k_scale} and "
-                f"v_scale_float={v_scale}; both must be 1.0, or choose "
-                "--attention-backend trtllm_mla"
-            )
-        return 1.0 / k_scale, 1.0 / v_scale
+        return (
+            1.0 if k_scale is None else 1.0 / k_scale,
+            1.0 if v_scale is None else 1.0 / v_scale,
+        )
 
     def _decide(self, forward_batch: ForwardBatch) -> _BatchDecision:
         """What becomes of the batch that the metadata stands for; decided once for all
         layers."""
-        metadata = self.forward_prefill_metadata
+        metadata = self._batch_metadata()
         if self._batch.metadata is not metadata:
             reason, producer = self._batch_reason(metadata, forward_batch), None
             if reason is None:
                 reason, producer = self._pool_decision(kv_pool_of(forward_batch))
+            if producer == COMPOSED and _is_one_shot_over_prefix(forward_batch):
+                reason = "one-shot attention over a prefix with the composed producer"
             self._batch = _BatchDecision(metadata, reason, producer)
         return self._batch
 
-    @staticmethod
-    def _batch_reason(metadata, forward_batch: ForwardBatch) -> Optional[str]:
+    def _batch_metadata(self):
+        """What the backend made of the batch at hand, another object for each batch."""
+        return self.forward_prefill_metadata
+
+    def _batch_reason(self, metadata, forward_batch: ForwardBatch) -> Optional[str]:
         """Why SGLang's own path has to run this batch, or None."""
         if metadata is None:
             return "no prefill metadata"
-        if metadata.fallback_to_flashinfer_impl:
+        if getattr(metadata, "fallback_to_flashinfer_impl", False):
             return "FlashInfer's own prefill runs the batch"
         if in_cuda_graph():
             return "CUDA graph"
         if decode_context_parallel():
             return "decode context parallelism"
-        if forward_batch.mha_one_shot and any(forward_batch.extend_prefix_lens_cpu):
+        if (
+            _is_one_shot_over_prefix(forward_batch)
+            and not self.attends_to_prefix_in_one_shot
+        ):
             return "one-shot attention over a prefix"
         if not forward_batch.forward_mode.is_extend_without_speculative():
             return "speculative batch"
@@ -420,10 +574,10 @@ class MLAFP8PrefillMixin:
         scale_invs = self._prefill_scale_invs(attn)
         self.prefill_kv_scales = attn.k_scale_float or 1.0, attn.v_scale_float or 1.0
         nope = layer.qk_nope_head_dim
-        kv = layer.kv_b_proj(kv_a)[0]
+        over_prefix = _is_one_shot_over_prefix(forward_batch)
         inputs = dict(
             q=q,
-            kv=kv.view(-1, layer.num_local_heads, nope + layer.v_head_dim),
+            kv=None if over_prefix else _project_kv(layer, kv_a),
             kv_a=kv_a,
             k_pe=k_pe,
             positions=positions,
@@ -431,7 +585,7 @@ class MLAFP8PrefillMixin:
             is_neox=rotary_emb is not None and rotary_emb.is_neox_style,
         )
         if self._batch.producer == FUSED:
-            return mla_prefill_quantize_fp8(
+            q, k, v = mla_prefill_quantize_fp8(
                 **inputs,
                 qk_nope_head_dim=nope,
                 kv_cache=_kv_buffer(pool, attn.layer_id),
@@ -439,12 +593,30 @@ class MLAFP8PrefillMixin:
                 k_scale_inv=scale_invs[0],
                 v_scale_inv=scale_invs[1],
             )
+            if over_prefix:
+                k, v = self._one_shot_kv(layer, forward_batch)
+            return q, k, v
         *qkv, latent, k_pe = self._prepare_composed(**inputs, scale_invs=scale_invs)
         num_cached = cache_loc.shape[0]
         pool.set_mla_kv_buffer(
             attn, write_loc(forward_batch), latent[:num_cached], k_pe[:num_cached]
         )
         return tuple(qkv)
+
+    def _one_shot_kv(
+        self, layer: DeepseekV2AttentionMLA, forward_batch: ForwardBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """FP8 k and v of each request's prefix and new tokens, out of the cache."""
+        kv_a, k_pe = layer._get_mla_kv_buffer(
+            forward_batch.fetch_mha_one_shot_kv_indices(),
+            self.q_data_type,
+            forward_batch,
+        )
+        nope = layer.qk_nope_head_dim
+        kv = _project_kv(layer, kv_a)
+        return self.pack_prefix_chunk_kv(
+            kv[..., :nope], k_pe, kv[..., nope:], layer.attn_mha
+        )
 
     def _prepare_composed(
         self, q, kv, kv_a, k_pe, positions, cos_sin_cache, is_neox, scale_invs
@@ -459,17 +631,19 @@ class MLAFP8PrefillMixin:
             packed = mla_kv_pack_quantize_fp8(k_nope, k_pe, v, k_scale_inv, v_scale_inv)
             return fp8_quantize(q), *packed, latent_fp8, fp8_quantize(k_pe)
         rope = (cos_sin_cache, positions, is_neox)
-        q_fp8, k_fp8 = self._rope_and_quantize(q, k_nope, k_pe, *rope, k_scale_inv)
+        q_fp8, k_fp8 = self._fused_rope_fp8_quantize(
+            q, k_nope, k_pe, *rope, k_scale_inv
+        )
         # The cache wants k_pe rotated and unscaled, as any head of an unscaled K has it.
         k_unscaled = k_fp8
         if k_scale_inv != 1.0:
-            _, k_unscaled = self._rope_and_quantize(
+            _, k_unscaled = self._fused_rope_fp8_quantize(
                 q[:, :1], k_nope[:, :1], k_pe, *rope
             )
         v_fp8 = fp8_quantize(v, v_scale_inv)
         return q_fp8, k_fp8, v_fp8, latent_fp8, k_unscaled[:, :1, nope:]
 
-    def _rope_and_quantize(
+    def _fused_rope_fp8_quantize(
         self,
         q: torch.Tensor,
         k_nope: torch.Tensor,
@@ -527,11 +701,69 @@ class MLAFP8PrefillMixin:
             k_nope, k_pe, v, *self._prefill_scale_invs(layer)
         )
 
-    def _run_padded_prefill_kernel(self, **kwargs):
-        """``_run_prefill_kernel``, which leaves the rows of data-parallel padding
-        unwritten; they read as zero afterwards, whatever the allocator handed out."""
-        result = self._run_prefill_kernel(**kwargs)
-        for rows in result if isinstance(result, tuple) else (result,):
+    def _run_padded_prefill_kernel(self, *, layer: RadixAttention, **kwargs):
+        """``_run_prefill_kernel``, with natural log-sum-exps [s, h] where base 2 was
+        found, and its output times v_scale where the kernel has none.
+
+        The kernel leaves the rows of data-parallel padding unwritten; they read as zero
+        afterwards, whatever the allocator handed out.
+        """
+        result = self._run_prefill_kernel(layer=layer, **kwargs)
+        tensors = result if isinstance(result, tuple) else (result,)
+        v_scale = self.prefill_kv_scales[1]
+        if not self.prefill_kernel_has_v_scale and v_scale != 1:
+            tensors[0].mul_(v_scale)
+        if self._lse_base == "2" and len(tensors) > 1:
+            tensors[1].mul_(LSE_FACTORS["2"])
+        for rows in tensors:
             if rows.shape[0] > self.num_prefill_tokens:
                 rows[self.num_prefill_tokens :].zero_()
         return result
+
+
+class FA3FP8PrefillMixin(MLAFP8PrefillMixin):
+    """The hook for ``FlashAttentionBackend``, where it runs MLA with FlashAttention-3.
+
+    Its ``forward_extend`` casts q, k and v to the KV cache's dtype, and leaves what has
+    it already. It applies no scale of K and V.
+    """
+
+    attends_to_prefix_in_one_shot = True
+    prefill_kernel_lse_base = "e"
+    # Not counted: rows of padding are written too, to slot 0.
+    num_prefill_tokens: Optional[int] = None
+
+    def init_fp8_prefill(self, model_runner: ModelRunner) -> None:
+        if not self.use_mla or self.fa_impl_ver != 3:
+            self.prepare_prefill_qkv = self.takes_prefill = None
+            return
+        config = model_runner.model_config
+        self.data_type = self.kv_cache_dtype
+        self.q_data_type = model_runner.dtype
+        self.num_local_heads = config.num_attention_heads // attention_tp_size()
+        self.kv_lora_rank = config.kv_lora_rank
+        self.qk_nope_head_dim = config.qk_nope_head_dim
+        self.qk_rope_head_dim = config.qk_rope_head_dim
+        self.v_head_dim = config.v_head_dim
+        super().init_fp8_prefill(model_runner)
+
+    def _unsupported_reason(self) -> Optional[str]:
+        reason = super()._unsupported_reason()
+        if reason is not None:
+            return reason
+        if self.kv_cache_dtype_str == "mxfp8":
+            return "no MXFP8"
+        if self.kv_cache_dtype_str == "auto":
+            return "--kv-cache-dtype auto keeps attention in the model's dtype"
+        if self.attn_cp_size > 1:
+            return "context parallelism"
+        head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        if head_dim > 256:
+            return f"no FP8 kernel for head dimension {head_dim}"
+        return None
+
+    def _batch_metadata(self):
+        return self.forward_metadata
+
+    def _prefill_scale_invs(self, layer: RadixAttention) -> tuple[float, float]:
+        return 1.0, 1.0

@@ -47,6 +47,11 @@ except ImportError:  # before 0.5.15
     dcp = None
 
 try:
+    from sglang.srt.layers.dp_attention import get_attention_tp_size
+except ImportError:  # from 0.5.16 on
+    get_attention_tp_size = None
+
+try:
     from sglang.srt.model_executor import forward_context
 except ImportError:  # before 0.5.13
     forward_context = None
@@ -75,6 +80,13 @@ def decode_context_parallel() -> bool:
     if hasattr(parallel, "dcp_enabled"):
         return parallel.dcp_enabled
     return dcp.dcp_enabled()  # 0.5.15
+
+
+def attention_tp_size() -> int:
+    """The number of ranks that share the heads of attention."""
+    if get_attention_tp_size is None:
+        return get_parallel().attn_tp_size
+    return get_attention_tp_size()
 
 
 def attn_backend_of(forward_batch: ForwardBatch) -> AttentionBackend:

@@ -12,13 +12,15 @@ GPUS ?= 0
 JOBS ?= 2
 ONLY ?=
 
+# What SGLang imports and does not run here.
+IMPORTED := apache-tvm-ffi fastapi opentelemetry-api uvicorn xgrammar
 READY := $(if $(VENV),$(VENV)/.ready)
 RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 PIP := $(RUN) -m pip --quiet --disable-pip-version-check
 SOURCES := conftest.py prefill_patch python test
 BENCH = $(RUN) test/tools/bench.py --sglang $(SGLANG) $(if $(PEERS),--peers $(PEERS))
 
-.PHONY: run test lint docs compile-check bench bench-check e2e accuracy clean
+.PHONY: run test test-releases new-release lint docs compile-check bench bench-check e2e accuracy clean
 
 # Patch a real SGLang, run its own prefill code and print how exact the result is.
 run: $(READY)
@@ -26,6 +28,14 @@ run: $(READY)
 
 test: $(READY)
 	$(RUN) -m pytest -n $(JOBS) --cov --cov-report=term --sglang=$(SGLANG)
+
+# What depends on the release, on all of them; fetches their wheels, 10 MB each.
+test-releases: $(READY)
+	$(RUN) -m pytest -n $(JOBS) --every-release test/unit/test_releases.py
+
+# Try the patch on a release that it does not know, and print what breaks.
+new-release: $(READY)
+	$(RUN) test/tools/new_release.py $(SGLANG)
 
 # Compile every kernel for every GPU family and read the machine code; needs no GPU.
 compile-check: $(READY)
@@ -69,5 +79,5 @@ $(VENV)/.ready: setup.cfg
 	@echo "Setting up $(VENV) with torch and what SGLang imports: 2 GB, a few minutes"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install --editable '.[sglang,test]'
-	@$(PIP) install --no-deps torchvision==0.28.0
+	@$(PIP) install --no-deps torchvision==0.28.0 $(IMPORTED)
 	@touch $@

@@ -14,6 +14,18 @@ def pytest_addoption(parser):
         default="0.5.12.post1",
         help="release number, checkout or package folder to patch and test",
     )
+    parser.addoption(
+        "--every-release",
+        action="store_true",
+        help="tests of every release, whose wheels are fetched, not of a choice",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--every-release"):
+        items[:] = [
+            item for item in items if not item.get_closest_marker("every_release")
+        ]
 
 
 def pytest_configure(config):

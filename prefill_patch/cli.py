@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from prefill_patch import SOURCE, doctor, install
 from prefill_patch.errors import PatchError
-from prefill_patch.patch import Patch, State, build, inspect
+from prefill_patch.patch import Inspection, State, inspect
+from prefill_patch.releases import stated
 from prefill_patch.target import Target, open_target
 
 EXIT_IMPOSSIBLE, EXIT_INTERRUPTED = 2, 130
@@ -30,7 +31,7 @@ class Command(NamedTuple):
     name: str
     verb: str
     help: str
-    run: Callable[[argparse.Namespace, Patch, Target], int]
+    run: Callable[[argparse.Namespace, Path, Target], int]
     options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     takes_release: bool = False
 
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None, source: Path = SOURCE) -> int:
     target = None
     try:
         target = open_target(args.sglang, chosen.takes_release)
-        return chosen.run(args, Patch.load(source), target)
+        return chosen.run(args, source, target)
     except PatchError as error:
         release = f" (SGLang {target.version})" if target else ""
         _print(f"cannot {chosen.verb}: {error}{release}", file=sys.stderr)
@@ -67,8 +68,9 @@ def main(argv: Sequence[str] | None = None, source: Path = SOURCE) -> int:
         return EXIT_INTERRUPTED
 
 
-def run_build(args: argparse.Namespace, patch: Patch, target: Target) -> int:
-    data = build(patch, target)
+def run_build(args: argparse.Namespace, source: Path, target: Target) -> int:
+    diffs = _look(source, target).diffs(*State)
+    data = b"".join(diff.text for diff in diffs)
     try:
         if args.output in (None, "-"):
             sys.stdout.buffer.write(data)
@@ -82,12 +84,12 @@ def run_build(args: argparse.Namespace, patch: Patch, target: Target) -> int:
     return 0
 
 
-def run_apply(args: argparse.Namespace, patch: Patch, target: Target) -> int:
+def run_apply(args: argparse.Namespace, source: Path, target: Target) -> int:
     with install.locked(target):
-        found = inspect(patch, target)
-        diffs = found.diffs(State.ORIGINAL)
-        install.apply(found)
-    if not diffs:
+        found = _look(source, target)
+        diffs = found.diffs(State.ORIGINAL, State.PARTLY)
+        files = install.apply(found)
+    if not files:
         _print(f"already applied: nothing to do ({_where(target)})")
         return 0
     for diff in diffs:
@@ -97,11 +99,11 @@ def run_apply(args: argparse.Namespace, patch: Patch, target: Target) -> int:
     return 0
 
 
-def run_revert(args: argparse.Namespace, patch: Patch, target: Target) -> int:
+def run_revert(args: argparse.Namespace, source: Path, target: Target) -> int:
     with install.locked(target):
-        found = inspect(patch, target)
+        found = _look(source, target)
         # What has nothing of the patch needs nothing taken back.
-        applied = any(file.state is State.APPLIED for file in found.files)
+        applied = {State.APPLIED, State.PARTLY} & set(found.states())
         ours = [file.problem for file in found.files if not file.foreign]
         for problem in filter(None, ours if applied else found.problems):
             raise problem
@@ -115,8 +117,8 @@ def run_revert(args: argparse.Namespace, patch: Patch, target: Target) -> int:
     return 0
 
 
-def run_status(args: argparse.Namespace, patch: Patch, target: Target) -> int:
-    found = inspect(patch, target)
+def run_status(args: argparse.Namespace, source: Path, target: Target) -> int:
+    found = _look(source, target)
     for problem in found.problems:
         raise problem
     if found.state is State.ORIGINAL:
@@ -151,6 +153,18 @@ COMMANDS = (
         doctor.add_options,
     ),
 )
+
+
+def _look(source: Path, target: Target) -> Inspection:
+    """What a target has of the patch, and a warning where its release is a guess."""
+    found = inspect(source, target)
+    if found.release.version != stated(target.version):
+        _print(
+            f"warning: SGLang {target.version} is no release that the patch knows: "
+            f"taken for {found.release.version}, by its structure",
+            file=sys.stderr,
+        )
+    return found
 
 
 def _where(target: Target) -> str:

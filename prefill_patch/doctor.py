@@ -10,7 +10,6 @@ import argparse
 import importlib.metadata
 import importlib.util
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -18,25 +17,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from prefill_patch.patch import Inspection, Patch, State, inspect
+from prefill_patch.patch import Inspection, State, inspect
+from prefill_patch.releases import BACKENDS, RELEASES, Release, ordered, stated
 from prefill_patch.target import CHECKOUT, Target
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
-
-RELEASES = ("0.5.12", "0.5.12.post1")
-
-# The attention backends with the hook, and their classes.
-BACKENDS = {
-    "trtllm_mla": "TRTLLMMLABackend",
-    "tokenspeed_mla": "TokenspeedMLABackend",
-}
 
 SWITCH, PRODUCERS, OFF = "SGLANG_MLA_FP8_PREFILL", ("fused", "composed"), "off"
 LSE_SWITCH, LSE_AUTO, LSE_BASES = "SGLANG_MLA_FP8_PREFILL_LSE", "auto", ("2", "e")
 
 # The distributions that the prefill path runs on.
 PACKAGES = ("torch", "triton", "flashinfer-python", "sglang-kernel", "tokenspeed-mla")
+
+_WITHOUT_GRAPHS = (
+    ", without prefill CUDA graphs unless it has --enforce-piecewise-cuda-graph"
+)
 
 OK, UNKNOWN, FAIL = "ok", "--", "FAIL"
 # How the self-test ends; a Python that fails ends with 1 or 2.
@@ -91,11 +87,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace, patch: Patch, target: Target) -> int:
+def run(args: argparse.Namespace, source: Path, target: Target) -> int:
     """Print a line a check and the verdict; 0 only if every check is OK."""
     print(f"checking {target.root / target.package} for {sys.executable}", flush=True)
-    backends = [args.backend] if args.backend else list(BACKENDS)
-    worst = print_all(_checks(patch, target, backends, args.timeout))
+    found = inspect(source, target)
+    backends = [args.backend] if args.backend else list(found.release.backends)
+    worst = print_all(_checks(found, backends, args.timeout))
     if worst == FAIL:
         print("verdict: not ready, see FAIL above")
     elif worst == UNKNOWN:
@@ -103,24 +100,30 @@ def run(args: argparse.Namespace, patch: Patch, target: Target) -> int:
     else:
         print(
             "verdict: ready, a server started now with --attention-backend "
-            f"{' or '.join(backends)} and --kv-cache-dtype fp8_e4m3 uses the patch, "
-            "without prefill CUDA graphs unless it has --enforce-piecewise-cuda-graph"
+            f"{' or '.join(backends)} and --kv-cache-dtype fp8_e4m3 uses the patch"
+            + (_WITHOUT_GRAPHS if _turns_graphs_off(found.release) else "")
         )
     return 0 if worst == OK else 1
 
 
+def _turns_graphs_off(release: Release) -> bool:
+    """Later ones have other settings, which the patch leaves alone."""
+    return ordered(release.version) < ordered("0.5.14")
+
+
 def _checks(
-    patch: Patch, target: Target, backends: Sequence[str], timeout: float
+    found: Inspection, backends: Sequence[str], timeout: float
 ) -> Iterator[Check]:
-    yield check_release(target.version)
-    applied = check_patch(inspect(patch, target))
+    yield check_release(found)
+    yield from check_backends(found, backends)
+    applied = check_patch(found)
     yield applied
-    imported = check_import(target)
+    imported = check_import(found.target)
     yield imported
     yield check_switch(os.environ)
     if "trtllm_mla" in backends:
         yield check_lse(os.environ, flashinfer_lse_base())
-    yield from check_versions(target, backends)
+    yield from check_versions(found.target, backends)
     patched = applied.mark == imported.mark == OK
     yield run_selftest(selftest_command(backends, patched), timeout)
 
@@ -145,16 +148,22 @@ def _target_or_installed(given: str) -> str:
     return str(root if root / CHECKOUT == package else package)
 
 
-def check_release(version: str) -> Check:
-    accepted = " and ".join(RELEASES)
-    # `git describe` says X-N-gCOMMIT of N own commits on X.
-    if re.sub(r"-\d+-g[0-9a-f]+$|\+.*", "", version) in RELEASES:
+def check_release(found: Inspection) -> Check:
+    version, release = found.target.version, found.release.version
+    if stated(version) == release:
         return Check(OK, "SGLang", f"{version}, which the patch is for")
-    if version == "unknown" or ".dev" in version:
-        text = f"version {version}; the patch is for {accepted}"
-        return Check(UNKNOWN, "SGLang", text)
-    text = f"{version}, but the patch is for {accepted}: install one of these"
-    return Check(FAIL, "SGLang", text)
+    oldest, newest = RELEASES[0].version, RELEASES[-1].version
+    text = f"version {version}, taken for {release}; the patch is for "
+    text += f"{oldest} to {newest}"
+    return Check(UNKNOWN, "SGLang", text)
+
+
+def check_backends(found: Inspection, backends: Sequence[str]) -> Iterator[Check]:
+    for backend in backends:
+        if backend not in found.release.backends:
+            others = " or ".join(found.release.backends)
+            text = f"{backend} has no hook in {found.release.version}: use {others}"
+            yield Check(FAIL, "backend", text)
 
 
 def check_patch(found: Inspection) -> Check:

@@ -18,6 +18,9 @@ in front, does not mention; of a compound statement only the header counts. Exac
 statement of the scope has to fit, at any depth but not in inner functions or classes;
 for `swap`, exactly one occurrence of OLD in the statements that fit.
 
+A line such as `[>= 0.5.13, < 0.5.17]` begins a section: what follows is for these
+releases only. `[]` ends it.
+
 Every edit replaces one span of the upstream text, and nothing about it is stored in the
 file. `revert` looks for what each edit has left and accepts a result only if editing it
 again gives the file it began with, byte for byte, and if it is the only such result.
@@ -28,6 +31,7 @@ from __future__ import annotations
 import ast
 import itertools
 import math
+import operator
 import re
 import textwrap
 from abc import ABC, abstractmethod
@@ -35,6 +39,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from prefill_patch.errors import PatchError
+from prefill_patch.releases import BASE, ordered
 from prefill_patch.source import (
     KINDS,
     Pattern,
@@ -406,21 +411,37 @@ def _isort_key(name: str) -> tuple[int, str]:
     return (1 if name[:1].isupper() else 2), name.lower()
 
 
-def read_edits(text: str, name: str) -> tuple[Edit, ...]:
-    """The edits of an edit file; `name` is for messages."""
-    edits = []
+def read_edits(text: str, name: str, version: str = BASE.version) -> tuple[Edit, ...]:
+    """The edits of an edit file for a release; `name` is for messages."""
+    edits, count, wanted = [], 0, True
     for found in re.finditer(r"^([^#\s].*)\n((?:(?: .*)?\n)*)", text + "\n", re.M):
-        body = textwrap.dedent(found[2]).strip("\n")
+        head, body = found[1].strip(), textwrap.dedent(found[2]).strip("\n")
         try:
-            edits.append(
-                _read_edit(found[1].strip(), tuple(body.split("\n")) if body else ())
-            )
+            if head.startswith("["):
+                wanted = _in_section(version, head)
+                continue
+            edit = _read_edit(head, tuple(body.split("\n")) if body else ())
         except PatchError as error:
             line = text.count("\n", 0, found.start()) + 1
             raise PatchError(error.reason, file=f"{name}:{line}") from None
-    if not edits:
+        count += 1
+        edits += [edit] if wanted else []
+    if not count:
         raise PatchError("no edit in the file", file=name)
     return tuple(edits)
+
+
+_COMPARE = {"<": operator.lt, ">=": operator.ge}
+
+
+def _in_section(version: str, head: str) -> bool:
+    """Whether a release is one of those that a section is for."""
+    bounds = re.findall(r"(<|>=) (\d+(?:\.\w+)+)", head)
+    if head != f"[{', '.join(map(' '.join, bounds))}]":
+        raise PatchError(f"{head!r} is no section such as [>= 0.5.13, < 0.5.17]")
+    return all(
+        _COMPARE[sign](ordered(version), ordered(bound)) for sign, bound in bounds
+    )
 
 
 # operation -> (fields after the scope, whether it has a body)

@@ -54,17 +54,21 @@ def check(target: Target, files: Iterable[File]) -> None:
 def apply(found: Inspection) -> list[File]:
     """Patch every file that is not patched."""
     assert not found.problems
-    files = [file for file in found.files if file.state is State.ORIGINAL]
-    files.sort(key=lambda file: not file.new)
-    _write(found, files, lambda file: (file.original, file.patched))
+    files = [file for file in found.files if file.current != file.patched]
+    files.sort(key=lambda file: (file.patched is None, not file.new))
+    _write(found, files, lambda file: file.patched)
     return files
 
 
 def revert(found: Inspection) -> list[File]:
     """Make every patched file the original one."""
-    files = [file for file in found.files if file.state is State.APPLIED]
+    files = [
+        file
+        for file in found.files
+        if file.state is not State.BLOCKED and file.current != file.original
+    ]
     files.sort(key=lambda file: file.new)
-    _write(found, files, lambda file: (file.patched, file.original))
+    _write(found, files, lambda file: file.original)
     return files
 
 
@@ -115,10 +119,13 @@ class _Step:
 def _write(
     found: Inspection,
     files: list[File],
-    change: Callable[[File], tuple[bytes | None, bytes | None]],
+    wanted: Callable[[File], bytes | None],
 ) -> None:
     check(found.target, files)
-    steps = [_Step(found.target.file(file.path), *change(file)) for file in files]
+    steps = [
+        _Step(found.target.file(file.path), file.current, wanted(file))
+        for file in files
+    ]
     done: list[_Step] = []
     # An interruption waits: writing is short, and half of it is of no use.
     handled = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from prefill_patch import SOURCE, TESTS, edits
 from prefill_patch.diff import FileDiff, file_diff
 from prefill_patch.errors import PatchError
+from prefill_patch.releases import BASE, RELEASES, Release, candidates
 from prefill_patch.target import CHECKOUT, Target
 
-# An upstream file that has this name without our edits has a hook of its own.
+# The patch's hook, where SGLang has none. An upstream file that has this name without
+# our edits has a hook of its own.
 HOOK = "prepare_prefill_qkv"
 
 _OTHER_VERSION = "it may be of another version of this patch: revert with the version that applied it"
@@ -21,37 +23,42 @@ _OTHER_VERSION = "it may be of another version of this patch: revert with the ve
 @dataclass(frozen=True)
 class Patch:
     """Edits of upstream files, new files, and tests, new too, that only a checkout
-    gets; by path relative to SGLang's package."""
+    gets; by path relative to SGLang's package. All of it is for one release."""
 
+    release: Release
     edits: dict[str, tuple[edits.Edit, ...]]
     files: dict[str, bytes]
     tests: dict[str, bytes]
 
     @classmethod
-    def load(cls, source: Path = SOURCE) -> Patch:
+    def load(cls, source: Path = SOURCE, release: Release = BASE) -> Patch:
         """Read a tree that mirrors SGLang's package, and the tests beside it."""
         root = source.parent.parent
-        edited, new = {}, {}
+        edited, new, tests = {}, {}, {}
         try:
             for file in _files(source):
                 path = file.relative_to(source).as_posix()
+                code = release.renamed(file.read_bytes().decode())
                 if file.suffix == ".edit":
-                    text = file.read_text(encoding="utf-8")
-                    edited[path.removesuffix(".edit")] = edits.read_edits(text, path)
+                    edited[path.removesuffix(".edit")] = edits.read_edits(
+                        code, path, release.version
+                    )
                 else:
-                    new[path] = file.read_bytes()
-            tests = {
-                f"../../{file.relative_to(root).as_posix()}": file.read_bytes()
-                for name in TESTS
-                for file in _files(root / "test" / name)
-            }
+                    new[release.path(path)] = code.encode()
+                    new |= _packages(path, release)
+            for name in TESTS if release.tests else ():
+                for file in _files(root / "test" / name):
+                    path = f"../../{file.relative_to(root).as_posix()}"
+                    tests[path] = file.read_bytes()
         except (OSError, UnicodeDecodeError) as error:
             raise PatchError(f"{source}: cannot be read: {error}") from None
         both = edited.keys() & new.keys()
         if both or not edited:
             what = f"both new and edited: {min(both)}" if both else "no *.edit file"
             raise PatchError(f"{source}: {what}")
-        return cls(edited, new, tests)
+        # A release in which a file needs no edit leaves it alone.
+        edited = {path: todo for path, todo in edited.items() if todo}
+        return cls(release, edited, new, tests)
 
 
 class State(enum.Enum):
@@ -66,14 +73,15 @@ class State(enum.Enum):
 @dataclass(frozen=True)
 class File:
     """One file of the patch in a target: its bytes as they are, without the patch and
-    with it (None: no such file), and what is wrong with it."""
+    with it (None: no such file), and what is wrong with it. PARTLY is what the patch
+    adds to another release, left by an update of SGLang."""
 
     path: str  # relative to SGLang's package
     new: bool
     state: State
     current: bytes | None = None
     original: bytes | None = None
-    patched: bytes = b""
+    patched: bytes | None = b""
     problem: PatchError | None = None
     # BLOCKED, but without a trace of this patch: nothing to take back.
     foreign: bool = False
@@ -81,12 +89,17 @@ class File:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a target has of the patch; where it is BLOCKED, `problems` says why."""
+    """What a target has of the patch for a release; where it is BLOCKED, `problems` says
+    why."""
 
     target: Target
+    release: Release
     state: State
     files: tuple[File, ...]
     problems: tuple[PatchError, ...] = ()
+
+    def states(self) -> list[State]:
+        return [file.state for file in self.files]
 
     def diffs(self, *states: State) -> list[FileDiff]:
         """The patch against the target without it, of the files in one of `states`."""
@@ -95,34 +108,72 @@ class Inspection:
         return [
             file_diff(self.target.path(file.path), file.original, file.patched)
             for file in self.files
-            if file.state in states
+            if file.state in states and file.patched is not None
         ]
 
 
-def inspect(patch: Patch, target: Target) -> Inspection:
-    """Find out what of the patch a target has; nothing is written."""
+def inspect(source: Path, target: Target) -> Inspection:
+    """Find out what of the patch a target has; nothing is written.
+
+    The target is taken for the likeliest release for which every place is found, else
+    for the one of whose patch it has most.
+    """
+    tried = []
+    for release in candidates(target.version):
+        patch = Patch.load(source, release)
+        found = _inspect(patch, target, _of_other_releases(source, release))
+        if not found.problems:
+            return found
+        tried.append(found)
+    return max(tried, key=lambda found: found.states().count(State.APPLIED))
+
+
+def _inspect(patch: Patch, target: Target, others: dict[str, set[bytes]]) -> Inspection:
     files = [_edited(target, path, todo) for path, todo in patch.edits.items()]
-    files += [_new(target, path, data) for path, data in patch.files.items()]
+    files += [
+        _new(target, path, data, others.get(path, set()))
+        for path, data in patch.files.items()
+    ]
+    for path in others.keys() - patch.files.keys() - patch.edits.keys():
+        left = _new(target, path, None, others[path])
+        files += [left] if left.state is State.PARTLY else []
     if target.package == CHECKOUT:
         applied = {file.state for file in files} == {State.APPLIED}
-        tests = [_new(target, path, data) for path, data in patch.tests.items()]
+        tests = [_new(target, path, data, set()) for path, data in patch.tests.items()]
         # No server depends on them: without them the patch is applied nonetheless, as
         # after it was applied to the package folder inside a checkout.
         files += [t for t in tests if not (applied and t.state is State.ORIGINAL)]
     files.sort(key=lambda file: target.path(file.path))
-    problems = _upstream_hook(target, files) or [
-        file.problem for file in files if file.problem
-    ]
+    problems = [file.problem for file in files if file.problem]
+    if HOOK not in patch.release.names:
+        problems = _upstream_hook(target, files) or problems
     states = {file.state for file in files}
     state = State.BLOCKED if problems else State.PARTLY
     if not problems and len(states) == 1:
         (state,) = states
-    return Inspection(target, state, tuple(files), tuple(problems))
+    return Inspection(target, patch.release, state, tuple(files), tuple(problems))
 
 
-def build(patch: Patch, target: Target) -> bytes:
-    """The unified diff against a target; the same where it is already applied."""
-    return b"".join(diff.text for diff in inspect(patch, target).diffs(*State))
+def _of_other_releases(source: Path, release: Release) -> dict[str, set[bytes]]:
+    """What the patch adds to releases that have its files by other names, by path."""
+    kinds = {id(one.names): one for one in RELEASES if one.names != release.names}
+    found: dict[str, set[bytes]] = {}
+    for one in kinds.values():
+        for path, data in Patch.load(source, one).files.items():
+            found.setdefault(path, set()).add(data)
+    return found
+
+
+def _packages(path: str, release: Release) -> dict[str, bytes]:
+    """The `__init__.py` of the folders that are for the patch alone in a release."""
+    moved = release.path(path)
+    if moved == path:
+        return {}
+    own = release.path(f"{path.partition('/')[0]}.py").removesuffix(".py")
+    folders = [folder.as_posix() for folder in PurePosixPath(moved).parents]
+    return {
+        f"{folder}/__init__.py": b"" for folder in folders if folder.startswith(own)
+    }
 
 
 def _edited(target: Target, path: str, todo: tuple[edits.Edit, ...]) -> File:
@@ -150,7 +201,7 @@ def _edited(target: Target, path: str, todo: tuple[edits.Edit, ...]) -> File:
     return File(path, False, State.ORIGINAL, current, current, patched)
 
 
-def _new(target: Target, path: str, data: bytes) -> File:
+def _new(target: Target, path: str, data: bytes | None, others: set[bytes]) -> File:
     try:
         current = target.read(path)
     except PatchError as error:
@@ -158,6 +209,8 @@ def _new(target: Target, path: str, data: bytes) -> File:
     if current in (None, data):
         state = State.ORIGINAL if current is None else State.APPLIED
         return File(path, True, state, current, patched=data)
+    if current in others:
+        return File(path, True, State.PARTLY, current, patched=data)
     reason = "a file that the patch adds is already there, with other content; "
     problem = PatchError(reason + _OTHER_VERSION, file=target.path(path))
     return File(path, True, State.BLOCKED, current, problem=problem)
@@ -166,8 +219,7 @@ def _new(target: Target, path: str, data: bytes) -> File:
 def _upstream_hook(target: Target, files: list[File]) -> list[PatchError]:
     return [
         PatchError(
-            f"SGLang {target.version} already has a prefill hook ({HOOK}); "
-            "this patch is for releases without one",
+            f"SGLang {target.version} already has a prefill hook ({HOOK})",
             file=target.path(file.path),
         )
         for file in files

@@ -23,7 +23,6 @@ import triton.testing
 
 from prefill_patch import SOURCE
 from prefill_patch.doctor import (
-    BACKENDS,
     FAIL,
     LSE_AUTO,
     LSE_SWITCH,
@@ -34,7 +33,11 @@ from prefill_patch.doctor import (
     Check,
     print_all,
 )
+from prefill_patch.releases import BACKENDS
 
+_ATTENTION = "sglang.srt.layers.attention"
+# Where the kernels themselves are depends on the release.
+HOOK = f"{_ATTENTION}.mla_fp8_prefill"
 KERNELS = ("mla_prefill_quantize_fp8", "mla_kv_pack_quantize_fp8", "fp8_quantize")
 
 # SM numbers. Only SM100 and SM103 have the backends' attention kernels.
@@ -141,16 +144,15 @@ def check_lse_base(environ: Mapping[str, str], device: str = "cuda") -> tuple[st
 
 def check_hook(backends: Sequence[str]) -> tuple[str, str]:
     """Whether what a server imports has the hook, and calls it."""
-    attention = "sglang.srt.layers.attention"
-    hook = importlib.import_module(f"{attention}.mla_fp8_prefill")
+    hook = importlib.import_module(HOOK)
     for backend in backends:
-        module = importlib.import_module(f"{attention}.{backend}_backend")
+        module = importlib.import_module(f"{_ATTENTION}.{backend}_backend")
         if not issubclass(getattr(module, BACKENDS[backend]), hook.MLAFP8PrefillMixin):
             return FAIL, f"{BACKENDS[backend]} is without MLAFP8PrefillMixin"
     model = importlib.import_module(
         "sglang.srt.models.deepseek_common.attention_forward_methods.forward_mha"
     )
-    if not hasattr(model, hook.prepare_prefill_qkv.__name__):
+    if not hasattr(model, hook.prefix_chunk_packing.__name__):
         return FAIL, f"{model.__name__} does not call it"
     return OK, f"{' and '.join(backends)} import with it"
 
@@ -209,8 +211,7 @@ def launches(reference: ModuleType, dims: Any, tokens: int) -> dict[str, Launch]
         return {"k": k.double() * 0.5, "v": v.double() * 0.25}
 
     prefill, pack, quantize = (
-        getattr(importlib.import_module(f"sglang.jit_kernel.{name}"), name)
-        for name in KERNELS
+        getattr(importlib.import_module(HOOK), name) for name in KERNELS
     )
     # Scales are powers of two, so that scaling itself does not round.
     found = (

@@ -1,23 +1,34 @@
 """Trees for the patch builder's tests: copies of real releases and small made-up ones."""
 
 import hashlib
+import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 from prefill_patch.patch import Patch
+from prefill_patch.releases import RELEASES
 from prefill_patch.target import fetch_release
 
 # What the patch touches, what tells the version, and neighbours of both.
-_PARTS = ("_version.py", "version.py", "jit_kernel/*.py", "srt/layers/attention/*.py")
+_PARTS = (
+    "_version.py",
+    "version.py",
+    "jit_kernel/*.py",
+    "kernels/ops/*.py",
+    "srt/layers/attention/*.py",
+)
 
 
 def copy_release(version: str, folder: Path, package: str = "python/sglang") -> Path:
     """A copy of the parts of a release that matter, below `folder`, which is returned."""
     source = fetch_release(version) / "python/sglang"
     files = {file for part in _PARTS for file in source.glob(part)}
-    for file in files | {source / path for path in Patch.load().edits}:
+    (release,) = (one for one in RELEASES if one.version == version)
+    for file in files | {source / path for path in Patch.load(release=release).edits}:
         copy = folder / package / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
@@ -47,3 +58,9 @@ def snapshot(folder: Path) -> dict[str, tuple[int, str]]:
                 content = hashlib.sha256(path.read_bytes()).hexdigest()
             found[path.relative_to(folder).as_posix()] = (mode, content)
     return found
+
+
+def unused_imports(folder: Path) -> list[str]:
+    ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--select=F401"]
+    found = subprocess.run([*ruff, "--output-format=json"], cwd=folder, stdout=-1)
+    return sorted(one["message"] for one in json.loads(found.stdout))

@@ -16,7 +16,8 @@ sys.path[:0] = [str(HERE.parent / "support"), *map(str, HERE.parents[:2])]
 import patched_sglang
 from tabulate import tabulate
 
-from prefill_patch.patch import Patch, inspect
+from prefill_patch import SOURCE
+from prefill_patch.patch import inspect
 from prefill_patch.target import open_target
 
 BACKENDS = ("tokenspeed_mla", "trtllm_mla")
@@ -48,7 +49,7 @@ def step(text: str):
 
 
 def show_patch(target) -> None:
-    for diff in inspect(Patch.load(), target).diffs():
+    for diff in inspect(SOURCE, target).diffs():
         kind = "new" if diff.new else "edited"
         print(f"    {kind:<7} {diff.path}  +{diff.added} -{diff.removed}")
 

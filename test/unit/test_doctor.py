@@ -15,10 +15,11 @@ import pytest
 import torch
 from sglang_cpu import DEVICE, HAS_GPU
 
-from prefill_patch import cli, doctor, selftest
+from prefill_patch import SOURCE, cli, doctor, selftest
 from prefill_patch.doctor import FAIL, OK, UNKNOWN, Check
 from prefill_patch.errors import PatchError
-from prefill_patch.patch import Inspection, Patch, State
+from prefill_patch.patch import Inspection, State
+from prefill_patch.releases import BASE, RELEASES
 from prefill_patch.selftest import Gpu
 from prefill_patch.target import Target, open_target
 
@@ -83,19 +84,30 @@ class TestTarget:
             ("0.5.12-3-gabc1234", OK),
             ("0.5.12.post2.dev1", UNKNOWN),
             ("unknown", UNKNOWN),
-            ("0.5.13", FAIL),
-            ("0.5.1", FAIL),
+            ("0.5.13", UNKNOWN),
         ],
     )
-    def test_release(self, version, mark):
-        check = doctor.check_release(version)
+    def test_release(self, version, mark, tmp_path):
+        release = RELEASES[version != "0.5.12" and "-" not in version]
+        target = Target(tmp_path, "sglang", version)
+        check = doctor.check_release(Inspection(target, release, State.APPLIED, ()))
         assert check.mark == mark and version in check.text
+
+    def test_backend_without_a_hook_in_a_release(self, tmp_path):
+        newest = RELEASES[-1]
+        target = Target(tmp_path, "sglang", newest.version)
+        found = Inspection(target, newest, State.APPLIED, ())
+        (check,) = doctor.check_backends(found, ["trtllm_mla", "tokenspeed_mla"])
+        assert check.mark == FAIL
+        assert check.text.endswith(
+            f"no hook in {newest.version}: use trtllm_mla or cutedsl_mla"
+        )
 
     def test_only_an_applied_patch_is_ok(self, tmp_path):
         target = Target(tmp_path, "sglang", "0.5.12")
         problem = PatchError("already there", file="a.py")
         found = {
-            state: doctor.check_patch(Inspection(target, state, (), (problem,)))
+            state: doctor.check_patch(Inspection(target, BASE, state, (), (problem,)))
             for state in State
         }
         assert found.pop(State.APPLIED).mark == OK
@@ -249,7 +261,7 @@ class TestLogSumExp:
 
 
 class TestVersions:
-    def check(self, root: Path, backends=doctor.BACKENDS) -> dict[str, Check]:
+    def check(self, root: Path, backends=tuple(BASE.backends)) -> dict[str, Check]:
         target = Target(root, "sglang", "0.5.12.post1")
         return {c.subject: c for c in doctor.check_versions(target, backends)}
 
@@ -323,7 +335,7 @@ class TestVerdict:
     def host(self, packages, patched, monkeypatch):
         for name in (doctor.SWITCH, doctor.LSE_SWITCH, "PYTHONDONTWRITEBYTECODE"):
             monkeypatch.delenv(name, raising=False)
-        self.found = Inspection(open_target(patched), State.APPLIED, ())
+        self.found = Inspection(open_target(patched), BASE, State.APPLIED, ())
         monkeypatch.setattr(doctor, "inspect", lambda patch, target: self.found)
         # Under the options of the real one; nothing may be written into the target.
         self.code = "import sys; sys.exit(4 * (not sys.dont_write_bytecode))"
@@ -337,7 +349,7 @@ class TestVerdict:
 
     def run(self, backend=None) -> int:
         args = argparse.Namespace(backend=backend, timeout=60)
-        return doctor.run(args, Patch.load(), self.found.target)
+        return doctor.run(args, SOURCE, self.found.target)
 
     def test_ready(self, capfd):
         assert self.run() == 0 and self.patched
@@ -367,10 +379,10 @@ class TestVerdict:
         elif wrong == "import":
             self.found = replace(self.found, target=open_target(unpatched_sglang))
         elif wrong == "release":
-            self.found = replace(self.found, target=replace(target, version="0.5.13"))
+            self.found = replace(self.found, release=RELEASES[-1])
         else:
             monkeypatch.setenv(doctor.SWITCH, "off")
-        assert self.run() == 1
+        assert self.run("tokenspeed_mla") == 1
         assert "\nverdict: not ready" in capfd.readouterr().out
         # The kernels are of the SGLang that is imported, where that is the patched one.
         assert self.patched == (wrong in ("release", "switch"))
@@ -397,7 +409,7 @@ class TestGpus:
     def test_no_kernels_without_fp8_conversion(self, gpus, monkeypatch):
         monkeypatch.setattr(selftest, "visible_gpus", lambda: (gpus, "none"))
         monkeypatch.setattr(selftest, "check_kernels", None)
-        *_, kernels = selftest.run(doctor.BACKENDS, True)
+        *_, kernels = selftest.run(list(BASE.backends), True)
         assert kernels.mark == UNKNOWN and "not run" in kernels.text
 
     @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
@@ -417,7 +429,7 @@ class TestHook:
     CLASS = "sglang.srt.layers.attention.trtllm_mla_backend.TRTLLMMLABackend"
 
     def test_hook(self):
-        assert selftest.check_hook(list(doctor.BACKENDS))[0] == OK
+        assert selftest.check_hook(list(BASE.backends))[0] == OK
 
     def test_backend_without_it(self, monkeypatch):
         monkeypatch.setattr(self.CLASS, type("Bare", (), {}))
@@ -445,7 +457,7 @@ class TestKernels:
 
     def wrap(self, monkeypatch, name, change) -> None:
         """Change what the kernel has written, as bytes."""
-        module = importlib.import_module(f"sglang.jit_kernel.{name}")
+        module = importlib.import_module(selftest.HOOK)
         kernel = getattr(module, name)
 
         def wrong(*args, **kwargs):
@@ -493,7 +505,7 @@ class TestKernels:
             left.append(torch.empty_like(x, dtype=torch.float8_e4m3fn))
             return left[0]
 
-        monkeypatch.setattr("sglang.jit_kernel.fp8_quantize.fp8_quantize", nothing)
+        monkeypatch.setattr(f"{selftest.HOOK}.fp8_quantize", nothing)
         assert self.check(reference, self.QUANTIZE).mark == FAIL
         assert left[0].float().isnan().all()
 

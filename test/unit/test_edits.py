@@ -328,12 +328,57 @@ def test_names_that_the_scope_or_the_module_binds_are_known():
         ("import f\n    from m import x", "takes `module` and one `from"),
         ("unimport module\n    import m", "takes `module` and one `from"),
         ("# nothing\n", "no edit in the file"),
+        ("[< 0.5.13]\n", "no edit in the file"),
+        ("[> 0.5.13]\n" + BEFORE_X, "'[> 0.5.13]' is no section such as"),
+        ("[>= 0.5.13 < 0.5.17]\n" + BEFORE_X, "is no section such as"),
+        ("[>= latest]\n" + BEFORE_X, "is no section such as"),
+        ("[>= 0.5.13]\nreplace x", "'replace' is none of"),
     ],
 )
 def test_malformed_edit_file(edit_file, reason):
     with pytest.raises(PatchError, match="^x.edit") as caught:
         edits.read_edits(edit_file, "x.edit")
     assert reason in str(caught.value)
+
+
+SECTIONS = """\
+after module :: assign x
+    a = 1
+[>= 0.5.13]
+after module :: assign x
+    b = 1
+[>= 0.5.13, < 0.5.17]
+after module :: assign x
+    c = 1
+[< 0.5.13]
+after module :: assign x
+    d = 1
+[]
+after module :: assign x
+    e = 1
+"""
+
+
+@pytest.mark.parametrize(
+    "version, wanted",
+    [
+        ("0.5.12", "ade"),
+        ("0.5.12.post1", "ade"),
+        ("0.5.13rc1", "ade"),
+        ("0.5.13", "abce"),
+        ("0.5.16", "abce"),
+        ("0.5.17", "abe"),
+        ("0.5.23", "abe"),
+        ("0.10.0", "abe"),
+    ],
+)
+def test_sections(version, wanted):
+    found = edits.read_edits(SECTIONS, "x.edit", version)
+    assert "".join(edit.loads[0] for edit in found) == wanted
+
+
+def test_a_file_that_needs_no_edit_in_a_release():
+    assert edits.read_edits("[< 0.5.13]\n" + BEFORE_X, "x.edit", "0.5.13") == ()
 
 
 @pytest.mark.parametrize(

@@ -146,8 +146,7 @@ class OwnAccessor(memory_pool.MLATokenToKVPool):
 
 class StoresScales(memory_pool.MLATokenToKVPool):
     def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.nsa_kv_cache_store_fp8 = True
+        super().__init__(**kwargs, use_nsa=True, override_kv_cache_dim=128)
 
 
 def multi_head_pool(layer_num, kv_lora_rank, qk_rope_head_dim, **kwargs):
@@ -195,7 +194,7 @@ class TestPools:
 class TestDeclines:
     @on_each
     def test_touch_nothing_and_are_logged_once(self, backend, log, monkeypatch):
-        monkeypatch.setattr(mla_fp8_prefill, "get_forward_context", lambda: "context")
+        monkeypatch.setattr(mla_fp8_prefill, "in_cuda_graph", lambda: True)
         call = hook_call(backend)
         for _ in range(2):
             call.new_metadata()
@@ -207,9 +206,7 @@ class TestDeclines:
     @on_each
     def test_a_batch_is_decided_once_for_all_layers(self, backend, monkeypatch):
         asked = []
-        monkeypatch.setattr(
-            mla_fp8_prefill, "get_forward_context", lambda: asked.append(1)
-        )
+        monkeypatch.setattr(mla_fp8_prefill, "in_cuda_graph", lambda: asked.append(1))
         call = hook_call(backend)
         for batches in (1, 2):
             call.new_metadata()
@@ -335,9 +332,9 @@ class TestResolve:
 
 @on_each
 def test_chunks_of_operands_in_the_models_dtype_are_not_packed(backend):
+    q, given = torch.zeros(1, dtype=torch.bfloat16), (None, torch.bfloat16)
     env = make_env(TINY, backend)
-    layer, q = env.attn.attn_mha, torch.zeros(1, dtype=torch.bfloat16)
-    assert prefix_chunk_packing(q, layer, None) == (torch.bfloat16, None)
+    assert prefix_chunk_packing(env.attn, q, None, *given) == given
 
 
 def assert_launches_and_casts(backend, switch, batch, launches, casts) -> None:

@@ -16,9 +16,10 @@ will run the batch to take over before RoPE and the KV-cache write::
 - None declines the batch. Nothing was touched, the inputs included, and the model goes
   on with RoPE, the cache write and BF16 operands, as for a backend without the method.
 
-A backend that returns FP8 operands also has ``pack_prefix_chunk_kv(k_nope, k_pe, v,
-layer) -> (k, v)``, which turns a prefix chunk, gathered from the cache and projected in
-the model's dtype, into operands of the same kind; ``layer`` is the ``RadixAttention``.
+A backend that returns FP8 operands also has ``takes_prefill(layer, forward_batch)``,
+whether the hook takes the batch, and ``pack_prefix_chunk_kv(k_nope, k_pe, v, layer) ->
+(k, v)``, which turns a prefix chunk, gathered from the cache and projected in the
+model's dtype, into operands of the same kind; there ``layer`` is the ``RadixAttention``.
 ``q_data_type`` of the backend is that dtype.
 
 **Log-sum-exps.** SGLang merges the results of prefix chunks by natural log-sum-exps;
@@ -41,18 +42,18 @@ from sglang.jit_kernel.fp8_quantize import fp8_quantize
 from sglang.jit_kernel.mla_kv_pack_quantize_fp8 import mla_kv_pack_quantize_fp8
 from sglang.jit_kernel.mla_prefill_quantize_fp8 import mla_prefill_quantize_fp8
 from sglang.jit_kernel.utils import cache_once, is_arch_support_pdl
-from sglang.srt.compilation.piecewise_context_manager import (
-    get_forward_context,
-    is_in_piecewise_cuda_graph,
-)
-from sglang.srt.distributed import get_tensor_model_parallel_rank
+from sglang.srt.distributed.parallel_state import get_tensor_model_parallel_rank
 from sglang.srt.environ import envs
-from sglang.srt.layers.dp_attention import get_attention_tp_size
+from sglang.srt.layers.attention.mla_fp8_prefill_internals import (
+    attention_tp_size,
+    attn_backend_of,
+    decode_context_parallel,
+    in_cuda_graph,
+    kv_pool_of,
+    write_loc,
+)
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, MLATokenToKVPool
-from sglang.srt.model_executor.breakable_cuda_graph.context import (
-    is_in_breakable_cuda_graph,
-)
 from sglang.srt.utils import is_flashinfer_available, log_info_on_rank0
 
 if is_flashinfer_available():
@@ -105,7 +106,7 @@ def resolve_attn_backend(
 ) -> AttentionBackend:
     """The backend that runs this layer of this batch, out of any nest of wrappers."""
     tbo, hybrid, hybrid_linear = _wrapper_types()
-    backend = forward_batch.attn_backend
+    backend = attn_backend_of(forward_batch)
     while True:
         if isinstance(backend, tbo):
             backend = backend.primary
@@ -145,20 +146,27 @@ def prepare_prefill_qkv(
 
 
 def prefix_chunk_packing(
-    q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch
-) -> tuple[torch.dtype, Optional[Callable]]:
+    layer: DeepseekV2AttentionMLA,
+    q: torch.Tensor,
+    forward_batch: ForwardBatch,
+    pack: Optional[Callable],
+    dtype: torch.dtype,
+) -> tuple[Optional[Callable], torch.dtype]:
     """How to build K and V of the prefix chunks that q attends to.
 
-    Returns:
-        (dtype to gather and project the latent in, ``pack(k_nope, k_pe, v) -> (k, v)``
-        or None where the model concatenates them itself).
+    ``pack(k_nope, k_pe, v) -> (k, v)``, or None where the model concatenates them
+    itself, and the dtype to gather and project the latent in: those of the hook for a
+    batch that it has taken, else as they are given.
     """
     if q.dtype != FP8:
-        return q.dtype, None
+        return pack, dtype
     backend = resolve_attn_backend(forward_batch, layer.layer_id)
+    takes = getattr(backend, "takes_prefill", None)
+    if takes is None or not takes(layer, forward_batch):
+        return pack, dtype
     return (
+        functools.partial(backend.pack_prefix_chunk_kv, layer=layer.attn_mha),
         backend.q_data_type,
-        functools.partial(backend.pack_prefix_chunk_kv, layer=layer),
     )
 
 
@@ -200,8 +208,8 @@ def _pool_producer(pool) -> Optional[str]:
         inner = pool.full_kv_pool
     if not hasattr(inner, "set_mla_kv_buffer") or getattr(inner, "dtype", None) != FP8:
         return None
-    if getattr(inner, "nsa_kv_cache_store_fp8", False):
-        return None
+    if inner.kv_cache_dim != inner.kv_lora_rank + inner.qk_rope_head_dim:
+        return None  # rows with scales of their own
     plain = _inherits(inner, MLATokenToKVPool, *access, "_create_buffers")
     return FUSED if plain else COMPOSED
 
@@ -246,13 +254,16 @@ class MLAFP8PrefillMixin:
     attends_to_prefix_in_one_shot = False
     # Whether the prefill kernel multiplies by v_scale; else its output is multiplied.
     prefill_kernel_has_v_scale = True
+    # k_scale and v_scale that this layer's K and V are divided by.
+    prefill_kv_scales = 1.0, 1.0
     # False: as in SGLang, decode multiplies by k_scale though rows of the KV cache are not
-    # divided by it, and tokenspeed_mla's prefill asserts that both scales are 1.
+    # divided by it, and tokenspeed_mla's prefill knows no scales (0.5.12: asserts that
+    # both are 1).
     corrects_kv_scales = False
     # The base of that kernel's log-sum-exps, 2 or e; None has it found at start.
     prefill_kernel_lse_base: Optional[str] = None
     # Rows of q that belong to requests; data-parallel padding follows them.
-    num_prefill_tokens = 0
+    num_prefill_tokens: Optional[int] = 0
 
     def init_fp8_prefill(self, model_runner: ModelRunner) -> None:
         """Decide what holds for the life of the process, log it, compile the kernels.
@@ -296,11 +307,11 @@ class MLAFP8PrefillMixin:
 
         In a piecewise graph attention is absorbed and runs on FlashInfer's kernel, which
         wants the layer's whole KV pool in the model's dtype. The model runner captures
-        after its backends are made.
+        after its backends are made. From 0.5.14 on there is no such setting.
         """
         server_args = model_runner.server_args
         if (
-            server_args.disable_piecewise_cuda_graph
+            getattr(server_args, "disable_piecewise_cuda_graph", True)
             or server_args.enforce_piecewise_cuda_graph
             or server_args.get_attention_backends()[0] not in GRAPHLESS_BACKENDS
             or not any(
@@ -407,6 +418,8 @@ class MLAFP8PrefillMixin:
         dims = (self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim)
         if any(dim % 16 for dim in dims):
             return "head dimensions that are no multiples of 16"
+        if self.qk_rope_head_dim == 0:
+            return "no rotary dimensions"
         if self._configured_producer == COMPOSED and not is_flashinfer_available():
             return "SGLANG_MLA_FP8_PREFILL=composed without FlashInfer"
         return None
@@ -483,7 +496,7 @@ class MLAFP8PrefillMixin:
         if self._batch.metadata is not metadata:
             reason, producer = self._batch_reason(metadata, forward_batch), None
             if reason is None:
-                reason, producer = self._pool_decision(forward_batch.token_to_kv_pool)
+                reason, producer = self._pool_decision(kv_pool_of(forward_batch))
             if producer == COMPOSED and _is_one_shot_over_prefix(forward_batch):
                 reason = "one-shot attention over a prefix with the composed producer"
             self._batch = _BatchDecision(metadata, reason, producer)
@@ -499,13 +512,10 @@ class MLAFP8PrefillMixin:
             return "no prefill metadata"
         if getattr(metadata, "fallback_to_flashinfer_impl", False):
             return "FlashInfer's own prefill runs the batch"
-        # RadixAttention allocates its output in q's dtype under a forward context.
-        if (
-            get_forward_context() is not None
-            or is_in_piecewise_cuda_graph()
-            or is_in_breakable_cuda_graph()
-        ):
+        if in_cuda_graph():
             return "CUDA graph"
+        if decode_context_parallel():
+            return "decode context parallelism"
         if (
             _is_one_shot_over_prefix(forward_batch)
             and not self.attends_to_prefix_in_one_shot
@@ -514,6 +524,25 @@ class MLAFP8PrefillMixin:
         if not forward_batch.forward_mode.is_extend_without_speculative():
             return "speculative batch"
         return None
+
+    def _decline_reason(
+        self, layer: DeepseekV2AttentionMLA, forward_batch: ForwardBatch
+    ) -> Optional[str]:
+        """Why SGLang's own path has to run this layer of the batch, or None."""
+        if self._process_reason is not None:
+            return self._process_reason
+        rotary_emb, reason = layer.rotary_emb, self._decide(forward_batch).reason
+        if reason is None and not (
+            rotary_emb is None or _is_plain_rope(rotary_emb, self.qk_rope_head_dim)
+        ):
+            reason = "rotary embedding"
+        return reason
+
+    def takes_prefill(
+        self, layer: DeepseekV2AttentionMLA, forward_batch: ForwardBatch
+    ) -> bool:
+        """Whether the hook takes this layer of the batch."""
+        return self._decline_reason(layer, forward_batch) is None
 
     def prepare_prefill_qkv(
         self,
@@ -529,23 +558,21 @@ class MLAFP8PrefillMixin:
         """The hook of this module: FP8 (q, k, v), contiguous, and FP8 cache rows.
 
         K and V are divided by the checkpoint's k_scale and v_scale; q and the cache
-        rows are unscaled. Rows past the batch's real tokens are prepared like any.
+        rows are unscaled. Rows past the batch's real tokens are prepared like any, but
+        not written to a cache that the kernel writes.
         """
+        self.prefill_kv_scales = 1.0, 1.0
         if self._process_reason is not None:
             return None
-        rotary_emb = layer.rotary_emb
-        _, reason, producer = self._decide(forward_batch)
-        if reason is None and not (
-            rotary_emb is None or _is_plain_rope(rotary_emb, self.qk_rope_head_dim)
-        ):
-            reason = "rotary embedding"
+        reason = self._decline_reason(layer, forward_batch)
         if reason is not None:
             name = type(self).__name__
             _log_once(f"{name}: FP8 prefill preparation declines a batch: {reason}")
             return None
-        attn, cache_loc = layer.attn_mha, forward_batch.out_cache_loc
-        pool = forward_batch.token_to_kv_pool
+        attn, rotary_emb = layer.attn_mha, layer.rotary_emb
+        pool, cache_loc = kv_pool_of(forward_batch), forward_batch.out_cache_loc
         scale_invs = self._prefill_scale_invs(attn)
+        self.prefill_kv_scales = attn.k_scale_float or 1.0, attn.v_scale_float or 1.0
         nope = layer.qk_nope_head_dim
         over_prefix = _is_one_shot_over_prefix(forward_batch)
         inputs = dict(
@@ -557,12 +584,12 @@ class MLAFP8PrefillMixin:
             cos_sin_cache=None if rotary_emb is None else rotary_emb.cos_sin_cache,
             is_neox=rotary_emb is not None and rotary_emb.is_neox_style,
         )
-        if producer == FUSED:
+        if self._batch.producer == FUSED:
             q, k, v = mla_prefill_quantize_fp8(
                 **inputs,
                 qk_nope_head_dim=nope,
                 kv_cache=_kv_buffer(pool, attn.layer_id),
-                cache_loc=cache_loc,
+                cache_loc=cache_loc[: self.num_prefill_tokens],
                 k_scale_inv=scale_invs[0],
                 v_scale_inv=scale_invs[1],
             )
@@ -571,7 +598,9 @@ class MLAFP8PrefillMixin:
             return q, k, v
         *qkv, latent, k_pe = self._prepare_composed(**inputs, scale_invs=scale_invs)
         num_cached = cache_loc.shape[0]
-        pool.set_mla_kv_buffer(attn, cache_loc, latent[:num_cached], k_pe[:num_cached])
+        pool.set_mla_kv_buffer(
+            attn, write_loc(forward_batch), latent[:num_cached], k_pe[:num_cached]
+        )
         return tuple(qkv)
 
     def _one_shot_kv(
@@ -681,8 +710,9 @@ class MLAFP8PrefillMixin:
         """
         result = self._run_prefill_kernel(layer=layer, **kwargs)
         tensors = result if isinstance(result, tuple) else (result,)
-        if not self.prefill_kernel_has_v_scale and layer.v_scale_float not in (None, 1):
-            tensors[0].mul_(layer.v_scale_float)
+        v_scale = self.prefill_kv_scales[1]
+        if not self.prefill_kernel_has_v_scale and v_scale != 1:
+            tensors[0].mul_(v_scale)
         if self._lse_base == "2" and len(tensors) > 1:
             tensors[1].mul_(LSE_FACTORS["2"])
         for rows in tensors:
@@ -700,15 +730,17 @@ class FA3FP8PrefillMixin(MLAFP8PrefillMixin):
 
     attends_to_prefix_in_one_shot = True
     prefill_kernel_lse_base = "e"
+    # Not counted: rows of padding are written too, to slot 0.
+    num_prefill_tokens: Optional[int] = None
 
     def init_fp8_prefill(self, model_runner: ModelRunner) -> None:
         if not self.use_mla or self.fa_impl_ver != 3:
-            self.prepare_prefill_qkv = None
+            self.prepare_prefill_qkv = self.takes_prefill = None
             return
         config = model_runner.model_config
         self.data_type = self.kv_cache_dtype
         self.q_data_type = model_runner.dtype
-        self.num_local_heads = config.num_attention_heads // get_attention_tp_size()
+        self.num_local_heads = config.num_attention_heads // attention_tp_size()
         self.kv_lora_rank = config.kv_lora_rank
         self.qk_nope_head_dim = config.qk_nope_head_dim
         self.qk_rope_head_dim = config.qk_rope_head_dim
@@ -719,6 +751,8 @@ class FA3FP8PrefillMixin(MLAFP8PrefillMixin):
         reason = super()._unsupported_reason()
         if reason is not None:
             return reason
+        if self.kv_cache_dtype_str == "mxfp8":
+            return "no MXFP8"
         if self.kv_cache_dtype_str == "auto":
             return "--kv-cache-dtype auto keeps attention in the model's dtype"
         if self.attn_cp_size > 1:

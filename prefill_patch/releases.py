@@ -1,0 +1,135 @@
+"""The SGLang releases that the patch is for, and all in which they differ for it.
+
+A new release is a row of the table. Where its files need other edits, a section of an
+edit file says so (edits.py); where modules or names of the patch have to be elsewhere,
+`names` does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+# From 0.5.13 on SGLang has a hook and kernels of its own, which other backends use too:
+# they stay, and the patch's have other names and a folder for themselves.
+_BESIDE_A_HOOK = {
+    "prepare_prefill_qkv": "prepare_fp8_prefill",
+    "pack_prefix_chunk_kv": "pack_fp8_prefix_chunk",
+    "_fused_rope_fp8_quantize": "_rope_quantize_qk_to_fp8",
+    "sglang.jit_kernel": "sglang.jit_kernel.mla_fp8",
+    "sglang.jit_kernel.benchmark.utils": "sglang.jit_kernel.benchmark.utils",
+    "sglang.jit_kernel.rope": "sglang.jit_kernel.rope",
+    "sglang.jit_kernel.utils": "sglang.jit_kernel.utils",
+}
+_KERNELS_MOVED = _BESIDE_A_HOOK | {
+    "sglang.jit_kernel": "sglang.kernels.ops.mla_fp8",
+    "sglang.jit_kernel.benchmark.utils": "sglang.kernels.jit.benchmark.utils",
+    "sglang.jit_kernel.rope": "sglang.kernels.ops.attention.rope",
+    "sglang.jit_kernel.utils": "sglang.kernels.jit.utils",
+}
+
+_BACKENDS = {
+    "trtllm_mla": "TRTLLMMLABackend",
+    "tokenspeed_mla": "TokenspeedMLABackend",
+}
+# Where `tokenspeed_mla` is another name for this.
+_CUTEDSL_BACKENDS = {
+    "trtllm_mla": "TRTLLMMLABackend",
+    "cutedsl_mla": "CuteDslMLAPrefillBackend",
+}
+
+
+@dataclass(frozen=True)
+class Release:
+    """One release.
+
+    `names` are dotted names of the patch's sources and what they are here; a file of the
+    patch moves with its module. `backends` are the attention backends with the hook and
+    their classes, in the module of the backend's name. `tests` says whether a checkout
+    gets the tests for SGLang's CI.
+    """
+
+    version: str
+    names: Mapping[str, str] = field(default_factory=dict)
+    backends: Mapping[str, str] = field(default_factory=lambda: _BACKENDS)
+    tests: bool = False
+
+    def renamed(self, code: str) -> str:
+        """Code of the patch with the names of this release, imports in isort's order."""
+        if not self.names:
+            return code
+        longest_first = sorted(self.names, key=len, reverse=True)
+        pattern = rf"\b({'|'.join(map(re.escape, longest_first))})\b"
+        code = re.sub(pattern, lambda found: self.names[found[0]], code)
+        return _IMPORTS.sub(lambda run: "".join(_by_module(run[0])), code)
+
+    def path(self, path: str) -> str:
+        """Where a file of the patch goes, relative to SGLang's package."""
+        module, dot, suffix = path.replace("/", ".").rpartition(".")
+        renamed = self.renamed(f"sglang.{module}").removeprefix("sglang.")
+        return renamed.replace(".", "/") + dot + suffix
+
+
+_IMPORT = r"from sglang\.\S+ import (?:\([^)]*\)|[^(\n]*)\n"
+_IMPORTS = re.compile(rf"^(?:{_IMPORT}){{2,}}", re.MULTILINE)
+
+
+def _by_module(run: str) -> list[str]:
+    return sorted(re.findall(_IMPORT, run), key=lambda stmt: stmt.split()[1])
+
+
+RELEASES = (
+    Release("0.5.12", tests=True),
+    Release("0.5.12.post1", tests=True),
+    Release("0.5.13", _BESIDE_A_HOOK),
+    Release("0.5.13.post1", _BESIDE_A_HOOK),
+    Release("0.5.14", _BESIDE_A_HOOK),
+    Release("0.5.15", _BESIDE_A_HOOK),
+    Release("0.5.15.post1", _BESIDE_A_HOOK),
+    Release("0.5.16", _BESIDE_A_HOOK),
+    Release("0.5.17", _KERNELS_MOVED),
+    Release("0.5.18", _KERNELS_MOVED),
+    Release("0.5.19", _KERNELS_MOVED),
+    Release("0.5.20", _KERNELS_MOVED),
+    Release("0.5.21", _KERNELS_MOVED),
+    Release("0.5.22", _KERNELS_MOVED),
+    Release("0.5.23", _KERNELS_MOVED, _CUTEDSL_BACKENDS),
+)
+
+# The backends of all of them.
+BACKENDS = {name: one.backends[name] for one in RELEASES for name in one.backends}
+# What the patch's sources are written for.
+BASE = RELEASES[1]
+
+
+def ordered(version: str) -> tuple[int, ...]:
+    """A key that sorts versions; before a release come its pre- and dev-releases."""
+    numbers, kind, number = re.match(
+        r"(\d+(?:\.\d+)*)(?:\.?(a|b|rc|dev|post)(\d+))?", version
+    ).groups()
+    stage = {None: 0, "post": 1}.get(kind, -1)
+    return (*map(int, numbers.split(".")), stage, int(number or 0))
+
+
+def stated(version: str) -> str:
+    """The release that a version is of: `git describe` says X-N-gCOMMIT of N commits on
+    X, and what is local to a tree follows a `+`."""
+    return re.sub(r"-\d+-g[0-9a-f]+$|\+.*", "", version)
+
+
+def candidates(version: str) -> Iterator[Release]:
+    """What a tree of a version can be taken for, likeliest first: a release for itself,
+    another tree for what it comes after, then for any release, from the newest on."""
+    known = {one.version: one for one in RELEASES}.get(version.partition("+")[0])
+    if known:
+        yield known
+        return
+    newest_first = list(RELEASES[::-1])
+    if re.match(r"\d+(\.\d+)+", version):
+        before = [
+            one for one in newest_first if ordered(one.version) <= ordered(version)
+        ]
+        yield from before[:1]
+        newest_first = [one for one in newest_first if one not in before[:1]]
+    yield from newest_first

@@ -1,0 +1,113 @@
+"""What the FP8 prefill uses of SGLang that is not in the same place in every release.
+
+Only this file knows: ``mla_fp8_prefill`` is the same for all of them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Union
+
+import torch
+
+from sglang.srt.mem_cache import memory_pool
+
+try:
+    from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph import (
+        is_in_breakable_cuda_graph,
+    )
+    from sglang.srt.model_executor.runner_backend_utils.tc_piecewise_cuda_graph import (
+        get_tc_piecewise_forward_context,
+        is_in_tc_piecewise_cuda_graph,
+    )
+except ModuleNotFoundError:  # before 0.5.14
+    from sglang.srt.compilation.piecewise_context_manager import (
+        get_forward_context as get_tc_piecewise_forward_context,
+    )
+    from sglang.srt.compilation.piecewise_context_manager import (
+        is_in_piecewise_cuda_graph as is_in_tc_piecewise_cuda_graph,
+    )
+    from sglang.srt.model_executor.breakable_cuda_graph.context import (
+        is_in_breakable_cuda_graph,
+    )
+
+try:
+    from sglang.srt.model_executor.runner_utils.prefill_graph import (
+        is_in_prefill_graph_scope,
+    )
+except ModuleNotFoundError:  # before 0.5.23
+
+    def is_in_prefill_graph_scope() -> bool:
+        return False
+
+
+try:
+    from sglang.srt.layers import dcp
+    from sglang.srt.runtime_context import get_parallel
+except ImportError:  # before 0.5.15
+    dcp = None
+
+try:
+    from sglang.srt.layers.dp_attention import get_attention_tp_size
+except ImportError:  # from 0.5.16 on
+    get_attention_tp_size = None
+
+try:
+    from sglang.srt.model_executor import forward_context
+except ImportError:  # before 0.5.13
+    forward_context = None
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+
+def in_cuda_graph() -> bool:
+    """Whether a prefill is captured in a CUDA graph, or replays one in parts."""
+    # RadixAttention allocates its output in q's dtype under such a context.
+    return (
+        get_tc_piecewise_forward_context() is not None
+        or is_in_tc_piecewise_cuda_graph()
+        or is_in_breakable_cuda_graph()
+        or is_in_prefill_graph_scope()
+    )
+
+
+def decode_context_parallel() -> bool:
+    """Whether out_cache_loc counts the slots of several ranks."""
+    if dcp is None:
+        return False
+    parallel = get_parallel()
+    if hasattr(parallel, "dcp_enabled"):
+        return parallel.dcp_enabled
+    return dcp.dcp_enabled()  # 0.5.15
+
+
+def attention_tp_size() -> int:
+    """The number of ranks that share the heads of attention."""
+    if get_attention_tp_size is None:
+        return get_parallel().attn_tp_size
+    return get_attention_tp_size()
+
+
+def attn_backend_of(forward_batch: ForwardBatch) -> AttentionBackend:
+    """The backend of the whole model, which may be a wrapper."""
+    if forward_context is None:
+        return forward_batch.attn_backend
+    return forward_context.get_attn_backend()
+
+
+def kv_pool_of(forward_batch: ForwardBatch) -> memory_pool.KVCache:
+    if forward_context is None:
+        return forward_batch.token_to_kv_pool
+    return forward_context.get_token_to_kv_pool()
+
+
+def write_loc(
+    forward_batch: ForwardBatch,
+) -> Union[torch.Tensor, memory_pool.KVWriteLoc]:
+    """Where the batch's rows go, as a KV pool's set_mla_kv_buffer takes it."""
+    # From 0.5.22 on not every pool takes the bare slots.
+    for_batch = getattr(getattr(memory_pool, "KVWriteLoc", None), "for_batch", None)
+    return (
+        forward_batch.out_cache_loc if for_batch is None else for_batch(forward_batch)
+    )

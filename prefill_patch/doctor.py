@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from prefill_patch.patch import Inspection, State, inspect
-from prefill_patch.releases import BACKENDS, RELEASES, Release, ordered, stated
+from prefill_patch.releases import BACKENDS, FA3, RELEASES, Release, ordered, stated
 from prefill_patch.target import CHECKOUT, Target
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         choices=BACKENDS,
-        help="check for this attention backend only (default: for all of them)",
+        help=f"check for this attention backend only, {FA3} on Hopper (default: for "
+        "all that need SM100)",
     )
     parser.add_argument(
         "--timeout",
@@ -160,7 +161,7 @@ def check_release(found: Inspection) -> Check:
 
 def check_backends(found: Inspection, backends: Sequence[str]) -> Iterator[Check]:
     for backend in backends:
-        if backend not in found.release.backends:
+        if backend not in (*found.release.backends, FA3):
             others = " or ".join(found.release.backends)
             text = f"{backend} has no hook in {found.release.version}: use {others}"
             yield Check(FAIL, "backend", text)

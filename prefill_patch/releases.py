@@ -97,8 +97,10 @@ RELEASES = (
     Release("0.5.23", _KERNELS_MOVED, _CUTEDSL_BACKENDS),
 )
 
-# The backends of all of them.
+# The backends of all of them, which need SM100, and Hopper's, which all of them have.
+FA3 = "fa3"
 BACKENDS = {name: one.backends[name] for one in RELEASES for name in one.backends}
+BACKENDS[FA3] = "FlashAttentionBackend"
 # What the patch's sources are written for.
 BASE = RELEASES[1]
 

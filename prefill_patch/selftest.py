@@ -33,15 +33,15 @@ from prefill_patch.doctor import (
     Check,
     print_all,
 )
-from prefill_patch.releases import BACKENDS
+from prefill_patch.releases import BACKENDS, FA3
 
 _ATTENTION = "sglang.srt.layers.attention"
 # Where the kernels themselves are depends on the release.
 HOOK = f"{_ATTENTION}.mla_fp8_prefill"
 KERNELS = ("mla_prefill_quantize_fp8", "mla_kv_pack_quantize_fp8", "fp8_quantize")
 
-# SM numbers. Only SM100 and SM103 have the backends' attention kernels.
-FP8_CONVERSION, ATTENTION_KERNELS = 89, (100, 103)
+# SM numbers. Only these have the backends' attention kernels.
+FP8_CONVERSION, ATTENTION_KERNELS, FA3_KERNELS = 89, (100, 103), (90,)
 # Of copy bandwidth: what a kernel is expected to reach, and what shows a fault.
 GOOD_SHARE, BAD_SHARE = 0.9, 0.5
 
@@ -105,16 +105,19 @@ def check_gpus(gpus: Sequence[Gpu], problem: str, backends: Sequence[str]) -> Ch
     text += f"; {seen_by}"
     if any(gpu.sm < FP8_CONVERSION for gpu in gpus):
         text += f"; FP8 conversion needs SM{FP8_CONVERSION}"
-    if not runs_attention(gpus):
-        text += (
-            f"; {' and '.join(backends)} need SM100: run on B200, GB200, B300, GB300"
-        )
+    if FA3 in backends and not runs_attention(gpus, FA3_KERNELS):
+        return Check(FAIL, "GPU", f"{text}; {FA3} needs SM90: run on H100, H200, H20")
+    others = [name for name in backends if name != FA3]
+    if others and not runs_attention(gpus):
+        text += f"; {' and '.join(others)} need SM100: run on B200, GB200, B300, GB300"
         return Check(FAIL, "GPU", text)
     return Check(OK, "GPU", text)
 
 
-def runs_attention(gpus: Sequence[Gpu]) -> bool:
-    return bool(gpus) and all(gpu.sm in ATTENTION_KERNELS for gpu in gpus)
+def runs_attention(
+    gpus: Sequence[Gpu], kernels: Sequence[int] = ATTENTION_KERNELS
+) -> bool:
+    return bool(gpus) and all(gpu.sm in kernels for gpu in gpus)
 
 
 def check_lse_base(environ: Mapping[str, str], device: str = "cuda") -> tuple[str, str]:
@@ -146,7 +149,8 @@ def check_hook(backends: Sequence[str]) -> tuple[str, str]:
     """Whether what a server imports has the hook, and calls it."""
     hook = importlib.import_module(HOOK)
     for backend in backends:
-        module = importlib.import_module(f"{_ATTENTION}.{backend}_backend")
+        name = "flashattention" if backend == FA3 else backend
+        module = importlib.import_module(f"{_ATTENTION}.{name}_backend")
         if not issubclass(getattr(module, BACKENDS[backend]), hook.MLAFP8PrefillMixin):
             return FAIL, f"{BACKENDS[backend]} is without MLAFP8PrefillMixin"
     model = importlib.import_module(

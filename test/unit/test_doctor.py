@@ -97,7 +97,8 @@ class TestTarget:
         newest = RELEASES[-1]
         target = Target(tmp_path, "sglang", newest.version)
         found = Inspection(target, newest, State.APPLIED, ())
-        (check,) = doctor.check_backends(found, ["trtllm_mla", "tokenspeed_mla"])
+        backends = ["trtllm_mla", "tokenspeed_mla", "fa3"]
+        (check,) = doctor.check_backends(found, backends)
         assert check.mark == FAIL
         assert check.text.endswith(
             f"no hook in {newest.version}: use trtllm_mla or cutedsl_mla"
@@ -405,6 +406,14 @@ class TestGpus:
         assert check.mark == mark and text in check.text
         assert f"torch {torch.__version__} for CUDA {torch.version.cuda}" in check.text
 
+    @pytest.mark.parametrize(
+        "gpu, mark", [(Gpu("H200", 90), OK), (Gpu("NVIDIA B200", 100), FAIL)]
+    )
+    def test_fa3_is_for_hopper(self, gpu, mark):
+        check = selftest.check_gpus([gpu], "", ["fa3"])
+        assert check.mark == mark
+        assert ("fa3 needs SM90" in check.text) == (mark == FAIL)
+
     @pytest.mark.parametrize("gpus", [[], [Gpu("A100", 80)]])
     def test_no_kernels_without_fp8_conversion(self, gpus, monkeypatch):
         monkeypatch.setattr(selftest, "visible_gpus", lambda: (gpus, "none"))
@@ -429,7 +438,7 @@ class TestHook:
     CLASS = "sglang.srt.layers.attention.trtllm_mla_backend.TRTLLMMLABackend"
 
     def test_hook(self):
-        assert selftest.check_hook(list(BASE.backends))[0] == OK
+        assert selftest.check_hook([*BASE.backends, "fa3"])[0] == OK
 
     def test_backend_without_it(self, monkeypatch):
         monkeypatch.setattr(self.CLASS, type("Bare", (), {}))

@@ -741,10 +741,9 @@ class FA3FP8PrefillMixin(MLAFP8PrefillMixin):
         self.data_type = self.kv_cache_dtype
         self.q_data_type = model_runner.dtype
         self.num_local_heads = config.num_attention_heads // attention_tp_size()
-        self.kv_lora_rank = config.kv_lora_rank
-        self.qk_nope_head_dim = config.qk_nope_head_dim
-        self.qk_rope_head_dim = config.qk_rope_head_dim
-        self.v_head_dim = config.v_head_dim
+        dims = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        for name in dims:
+            setattr(self, name, getattr(config, name))
         super().init_fp8_prefill(model_runner)
 
     def _unsupported_reason(self) -> Optional[str]:

@@ -35,7 +35,7 @@ SGLang's own server (scheduler, radix cache, chunked prefill, DeepSeek model cod
 backends, KV pool) with the patch and without it, over HTTP, on small models of
 DeepSeek-V3's architecture with random weights. The attention kernels, which need
 SM100, are [stand-ins](../../test/mla_standin/kernels.py) in plain torch that check what
-they are handed; everything else is SGLang's own.
+they are handed; fa3's, on Hopper, and everything else are SGLang's own.
 
 ```bash
 make e2e VENV= SGLANG=/path/to/site-packages            # one GPU

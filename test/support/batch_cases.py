@@ -118,6 +118,13 @@ DECODES = dict(extend_lens=[1, 1], prefix_lens=[9, 4], paged=True)
 # FlashInfer's kernels, on a GPU, are for models' dimensions.
 DEEPSEEK = reference.MODELS["deepseek-v3"]._replace(heads=4)
 SCALES = dict(k_scale=0.3, v_scale=1.7)
+ABSORBED = dict(dims=DEEPSEEK, modify_layer=runs.absorb_weights)
+VERIFY_ENV = dict(**ABSORBED, speculative_num_draft_tokens=3)
+DECODE = dict(batch=DECODES, how=functools.partial(runs.absorbed, mode="DECODE"))
+VERIFY = dict(
+    batch={**DECODES, "extend_lens": [3, 3]},
+    how=functools.partial(runs.absorbed, mode="TARGET_VERIFY"),
+)
 COMPOSED = {"SGLANG_MLA_FP8_PREFILL": "composed"}
 
 BF16_ONLY = not_applicable("its kernel gives BF16, whatever the model is")
@@ -263,7 +270,7 @@ CASES = [
         "piecewise-graph",
         "inside a piecewise CUDA graph (`--enforce-piecewise-cuda-graph`)",
         MLA_PATH,
-        env=dict(dims=DEEPSEEK, modify_layer=runs.absorb_weights),
+        env=ABSORBED,
         how=runs.in_piecewise_graph,
     ),
     case(
@@ -283,27 +290,21 @@ CASES = [
         "decode",
         "decode",
         MLA_PATH,
-        env=dict(dims=DEEPSEEK, modify_layer=runs.absorb_weights),
-        batch=DECODES,
-        how=functools.partial(runs.absorbed, mode="DECODE"),
+        env=ABSORBED,
+        **DECODE,
     ),
     case(
         "target-verify",
         "speculative target-verify",
         MLA_PATH,
-        env=dict(
-            dims=DEEPSEEK,
-            speculative_num_draft_tokens=3,
-            modify_layer=runs.absorb_weights,
-        ),
-        batch={**DECODES, "extend_lens": [3, 3]},
-        how=functools.partial(runs.absorbed, mode="TARGET_VERIFY"),
+        env=VERIFY_ENV,
+        **VERIFY,
     ),
     case(
         "draft-extend",
         "speculative draft-extend",
         MLA_PATH,
-        env=dict(dims=DEEPSEEK, modify_layer=runs.absorb_weights),
+        env=ABSORBED,
         batch={**DECODES, "extend_lens": [3, 2]},
         how=functools.partial(runs.absorbed, mode="DRAFT_EXTEND"),
     ),
@@ -343,7 +344,7 @@ CASES = [
         "a prefix below SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD (8192 tokens)",
         FA3_ONLY,
         fa3=MLA_PATH,
-        env=dict(dims=DEEPSEEK, modify_layer=runs.absorb_weights),
+        env=ABSORBED,
         batch=CHUNKS,
         environ={"SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD": "8192"},
         how=runs.prepare_only,
@@ -532,32 +533,24 @@ CASES = [
         "k_scale and v_scale, decode",
         UNDIVIDED_ROWS,
         fa3=MLA_PATH,
-        env=dict(**SCALES, dims=DEEPSEEK, modify_layer=runs.absorb_weights),
-        batch=DECODES,
-        how=functools.partial(runs.absorbed, mode="DECODE"),
+        env=dict(**SCALES, **ABSORBED),
+        **DECODE,
     ),
     case(
         "scales-target-verify",
         "k_scale and v_scale, speculative target-verify",
         UNDIVIDED_ROWS,
         fa3=MLA_PATH,
-        env=dict(
-            **SCALES,
-            dims=DEEPSEEK,
-            speculative_num_draft_tokens=3,
-            modify_layer=runs.absorb_weights,
-        ),
-        batch={**DECODES, "extend_lens": [3, 3]},
-        how=functools.partial(runs.absorbed, mode="TARGET_VERIFY"),
+        env=dict(**SCALES, **VERIFY_ENV),
+        **VERIFY,
     ),
     case(
         "scales-decode-off",
         "k_scale and v_scale, decode, SGLANG_MLA_FP8_PREFILL=off",
         MLA_PATH,
-        env=dict(**SCALES, dims=DEEPSEEK, modify_layer=runs.absorb_weights),
+        env=dict(**SCALES, **ABSORBED),
         environ={"SGLANG_MLA_FP8_PREFILL": "off"},
-        batch=DECODES,
-        how=functools.partial(runs.absorbed, mode="DECODE"),
+        **DECODE,
     ),
     # The cache
     case(

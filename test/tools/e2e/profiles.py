@@ -36,6 +36,7 @@ PAIRS = tuple(
 )
 QUICK_PAIRS = (PAIRS[0], PAIRS[-1])  # each model and each backend once
 VOCAB = 512
+PASSES = 3
 # Chunks as large as the prompts; idle schedulers would take the CPU from the one that
 # is timed. Kernels that do nothing have no base of log-sum-exps to find.
 CASE = {
@@ -225,9 +226,22 @@ def profile(
     raise TimeoutError(f"{server.name}: no trace of the requests in {folder}")
 
 
-def one_by_one(server: Server, requests: Sequence[Request], prefix: int = 0) -> None:
-    for request in requests:
-        seconds_of(server, request, prefix)
+def profiles_of(
+    pair: Sequence[Server], size: int, prefix: int, read: Callable = usual_layer_of
+) -> dict[str, dict[str, Any]]:
+    """What `read` finds of both servers, each asked PASSES prompts one by one."""
+    found = {}
+    for side, server in zip(("unpatched", "patched"), pair):
+        server.flush_cache()
+        for seed in (0, 1):  # the second finds the prefix
+            seconds_of(server, prompt(seed, size, prefix))
+
+        def ask() -> None:
+            for i in range(PASSES):
+                seconds_of(server, prompt(10 + i, size, prefix), prefix)
+
+        found[side] = profile(server, ask, read)
+    return found
 
 
 def prompt(seed: int, size: int, prefix: int) -> Request:
@@ -339,21 +353,14 @@ def measure(
     shapes.append((shapes[-1][0], 8192))
     times, storms = (6, 3) if quick else (40, 10)
     for size, prefix in shapes:
-        layers = []
-        for server in pair:
-            server.flush_cache()
-            for seed in (0, 1):  # the second finds the prefix
-                seconds_of(server, prompt(seed, size, prefix))
-            requests = [prompt(10 + i, size, prefix) for i in range(3)]
-            ask = functools.partial(one_by_one, server, requests, prefix)
-            layers.append(profile(server, ask))
+        layers = profiles_of(pair, size, prefix)
         seconds = time_to_first_token(pair, size, prefix, times)
         yield {
             "tokens": size,
             "prefix": prefix,
-            "layer": dict(zip(("unpatched", "patched"), layers)),
+            "layer": layers,
             "first_token": ratio_row(*seconds, min),
-            "problems": problems(f"{model}, {size} tokens behind {prefix}", *layers),
+            "problems": problems(f"{model}, {size} tokens behind {prefix}", **layers),
         }
     size, count = shapes[-1][0] // 4, 16
     rates = ratio_row(*throughput(pair, size, count, storms), max)
@@ -378,21 +385,15 @@ def measure_graphs(
     pair: Sequence[Server], model: str, quick: bool
 ) -> Iterator[dict[str, Any]]:
     """Rows of results of an unpatched server with prefill graphs and a patched one."""
-    passes, layers = 3, KINDS[model]["num_hidden_layers"]
-    read = functools.partial(forward_pass, passes=passes, layers=layers)
+    layers = KINDS[model]["num_hidden_layers"]
+    read = functools.partial(forward_pass, passes=PASSES, layers=layers)
     for size in GRAPHS_SIZES:
-        found = []
-        for server in pair:
-            server.flush_cache()
-            seconds_of(server, prompt(0, size, 0))
-            requests = [prompt(10 + i, size, 0) for i in range(passes)]
-            ask = functools.partial(one_by_one, server, requests)
-            found.append(profile(server, ask, read))
+        found = profiles_of(pair, size, 0, read)
         seconds = time_to_first_token(pair, size, 0, 10 if quick else 40)
         yield {
             "tokens": size,
             "layers": layers,
-            "layer": dict(zip(("unpatched", "patched"), found)),
+            "layer": found,
             "first_token": ratio_row(*seconds, min),
-            "problems": graph_problems(f"{size} tokens", *found),
+            "problems": graph_problems(f"{size} tokens", **found),
         }

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from prefill_patch.patch import Inspection, State, inspect
-from prefill_patch.releases import BACKENDS, FA3, RELEASES, Release, ordered, stated
+from prefill_patch.releases import BACKENDS, FA3, RELEASES, stated
 from prefill_patch.target import CHECKOUT, Target
 
 if TYPE_CHECKING:
@@ -102,14 +102,9 @@ def run(args: argparse.Namespace, source: Path, target: Target) -> int:
         print(
             "verdict: ready, a server started now with --attention-backend "
             f"{' or '.join(backends)} and --kv-cache-dtype fp8_e4m3 uses the patch"
-            + (_WITHOUT_GRAPHS if _turns_graphs_off(found.release) else "")
+            + (_WITHOUT_GRAPHS if found.release.graphs_off else "")
         )
     return 0 if worst == OK else 1
-
-
-def _turns_graphs_off(release: Release) -> bool:
-    """Later ones have other settings, which the patch leaves alone."""
-    return ordered(release.version) < ordered("0.5.14")
 
 
 def _checks(

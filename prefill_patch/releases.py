@@ -30,13 +30,13 @@ _KERNELS_MOVED = _BESIDE_A_HOOK | {
 }
 
 _BACKENDS = {
-    "trtllm_mla": "TRTLLMMLABackend",
-    "tokenspeed_mla": "TokenspeedMLABackend",
+    "trtllm_mla": "trtllm_mla_backend:TRTLLMMLABackend",
+    "tokenspeed_mla": "tokenspeed_mla_backend:TokenspeedMLABackend",
 }
 # Where `tokenspeed_mla` is another name for this.
 _CUTEDSL_BACKENDS = {
-    "trtllm_mla": "TRTLLMMLABackend",
-    "cutedsl_mla": "CuteDslMLAPrefillBackend",
+    "trtllm_mla": "trtllm_mla_backend:TRTLLMMLABackend",
+    "cutedsl_mla": "cutedsl_mla_backend:CuteDslMLAPrefillBackend",
 }
 
 
@@ -45,14 +45,15 @@ class Release:
     """One release.
 
     `names` are dotted names of the patch's sources and what they are here; a file of the
-    patch moves with its module. `backends` are the attention backends with the hook and
-    their classes, in the module of the backend's name. `tests` says whether a checkout
-    gets the tests for SGLang's CI.
+    patch moves with its module. `backends` are the attention backends with the hook that
+    need SM100, and `module:Class` of each. `graphs_off` says whether the patch turns
+    prefill CUDA graphs off, and `tests` whether a checkout gets the tests for SGLang's CI.
     """
 
     version: str
     names: Mapping[str, str] = field(default_factory=dict)
     backends: Mapping[str, str] = field(default_factory=lambda: _BACKENDS)
+    graphs_off: bool = False
     tests: bool = False
 
     def renamed(self, code: str) -> str:
@@ -80,10 +81,10 @@ def _by_module(run: str) -> list[str]:
 
 
 RELEASES = (
-    Release("0.5.12", tests=True),
-    Release("0.5.12.post1", tests=True),
-    Release("0.5.13", _BESIDE_A_HOOK),
-    Release("0.5.13.post1", _BESIDE_A_HOOK),
+    Release("0.5.12", graphs_off=True, tests=True),
+    Release("0.5.12.post1", graphs_off=True, tests=True),
+    Release("0.5.13", _BESIDE_A_HOOK, graphs_off=True),
+    Release("0.5.13.post1", _BESIDE_A_HOOK, graphs_off=True),
     Release("0.5.14", _BESIDE_A_HOOK),
     Release("0.5.15", _BESIDE_A_HOOK),
     Release("0.5.15.post1", _BESIDE_A_HOOK),
@@ -100,7 +101,7 @@ RELEASES = (
 # The backends of all of them, which need SM100, and Hopper's, which all of them have.
 FA3 = "fa3"
 BACKENDS = {name: one.backends[name] for one in RELEASES for name in one.backends}
-BACKENDS[FA3] = "FlashAttentionBackend"
+BACKENDS[FA3] = "flashattention_backend:FlashAttentionBackend"
 # What the patch's sources are written for.
 BASE = RELEASES[1]
 

@@ -149,10 +149,10 @@ def check_hook(backends: Sequence[str]) -> tuple[str, str]:
     """Whether what a server imports has the hook, and calls it."""
     hook = importlib.import_module(HOOK)
     for backend in backends:
-        name = "flashattention" if backend == FA3 else backend
-        module = importlib.import_module(f"{_ATTENTION}.{name}_backend")
-        if not issubclass(getattr(module, BACKENDS[backend]), hook.MLAFP8PrefillMixin):
-            return FAIL, f"{BACKENDS[backend]} is without MLAFP8PrefillMixin"
+        module, _, name = BACKENDS[backend].partition(":")
+        module = importlib.import_module(f"{_ATTENTION}.{module}")
+        if not issubclass(getattr(module, name), hook.MLAFP8PrefillMixin):
+            return FAIL, f"{name} is without MLAFP8PrefillMixin"
     model = importlib.import_module(
         "sglang.srt.models.deepseek_common.attention_forward_methods.forward_mha"
     )

@@ -21,6 +21,7 @@ from patched_sglang import lay_out, run_python
 from prefill_patch import SOURCE
 from prefill_patch.errors import PatchError
 from prefill_patch.patch import inspect
+from prefill_patch.releases import BACKENDS, FA3
 from prefill_patch.target import open_target
 
 
@@ -35,7 +36,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print(f"  {problem}")
     if found.problems:
         return 1
-    backends = [f"{name}_backend:{cls}" for name, cls in release.backends.items()]
+    backends = [*release.backends.values(), BACKENDS[FA3]]
     try:
         run_python(lay_out(str(target.root)).patched, "-m", "one_batch", *backends)
     except (PatchError, RuntimeError) as error:

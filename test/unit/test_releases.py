@@ -15,7 +15,7 @@ from patched_sglang import run_python
 from prefill_patch import edits
 from prefill_patch.cli import main
 from prefill_patch.patch import Patch
-from prefill_patch.releases import BASE, RELEASES
+from prefill_patch.releases import BACKENDS, BASE, FA3, RELEASES
 from prefill_patch.target import fetch_release
 
 # `make test` takes these and those where its names change, `make test-releases` all.
@@ -97,8 +97,7 @@ def test_one_batch(release, tmp_path):
     # Links where there can be: what the patch replaces is not written through them.
     tree = shutil.copytree(source, tmp_path / "site", copy_function=link_or_copy)
     assert main(["apply", "--sglang", str(tree)]) == 0
-    backends = [f"{name}_backend:{cls}" for name, cls in release.backends.items()]
-    backends.append("flashattention_backend:FlashAttentionBackend")
+    backends = [*release.backends.values(), BACKENDS[FA3]]
     pools = run_python(tree, "-m", "one_batch", *backends).split()
     assert "MLATokenToKVPool" in pools and set(pools) <= PLAIN_POOLS
 

@@ -467,9 +467,10 @@ class MLAFP8PrefillMixin:
                 is_neox=bool(is_neox),
             )
             if producer == FUSED:
-                for kv_or_none in [kv, None][: 1 + self.attends_to_prefix_in_one_shot]:
+                over_prefix = [None] if self.attends_to_prefix_in_one_shot else []
+                for kv_given in [kv, *over_prefix]:
                     mla_prefill_quantize_fp8(
-                        **{**inputs, "kv": kv_or_none},
+                        **{**inputs, "kv": kv_given},
                         qk_nope_head_dim=nope,
                         kv_cache=zeros(1, 1, lora + rope, dtype=FP8),
                         cache_loc=index,

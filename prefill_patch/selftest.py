@@ -156,7 +156,7 @@ def check_hook(backends: Sequence[str]) -> tuple[str, str]:
     model = importlib.import_module(
         "sglang.srt.models.deepseek_common.attention_forward_methods.forward_mha"
     )
-    if not hasattr(model, hook.prefix_chunk_packing.__name__):
+    if not hasattr(model, hook.attend_prefix_chunks.__name__):
         return FAIL, f"{model.__name__} does not call it"
     return OK, f"{' and '.join(backends)} import with it"
 

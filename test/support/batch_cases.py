@@ -125,6 +125,7 @@ VERIFY = dict(
     batch={**DECODES, "extend_lens": [3, 3]},
     how=functools.partial(runs.absorbed, mode="TARGET_VERIFY"),
 )
+GEMM = {"SGLANG_MLA_FP8_PREFILL_GEMM": "on"}
 COMPOSED = {"SGLANG_MLA_FP8_PREFILL": "composed"}
 
 BF16_ONLY = not_applicable("its kernel gives BF16, whatever the model is")
@@ -694,6 +695,24 @@ CASES = [
         declined("SGLANG_MLA_FP8_PREFILL=composed without FlashInfer"),
         environ=COMPOSED,
         flashinfer=False,
+    ),
+    case(
+        "gemm",
+        "SGLANG_MLA_FP8_PREFILL_GEMM=on: K and V in FP8 out of kv_b_proj, with scales",
+        env=dict(dims=DEEPSEEK, **SCALES),
+        batch={**CHUNKS, "pad_rows": 2},
+        change=runs.any_batch_is_large,
+        environ=GEMM,
+    ),
+    case(
+        "gemm-one-shot-prefix",
+        "the same over a prefix in one shot",
+        FA3_ONLY,
+        fa3=TAKEN,
+        env=dict(dims=DEEPSEEK),
+        batch=dict(extend_lens=[5, 3], prefix_lens=[4, 0]),
+        change=runs.any_batch_is_large,
+        environ=GEMM,
     ),
     case(
         "off",

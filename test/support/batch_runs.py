@@ -403,6 +403,11 @@ def loading_by_layer(env: Env) -> None:
     env.pool.register_layer_transfer_counter(counter)
 
 
+def any_batch_is_large(env: Env) -> None:
+    """Enough for K and V out of kv_b_proj in FP8."""
+    env.backend.least_gemm_rows = 0
+
+
 def new_buffer(env: Env) -> None:
     """The buffer somewhere else, as after a memory saver's release or in a pool of
     memory of one's own: a slice of a larger allocation."""

@@ -638,6 +638,17 @@ class Scenario:
         return self.how(*self.build())
 
 
+def _kv_b_proj(env: Env, kv_a: torch.Tensor) -> torch.Tensor:
+    """[n, h, nope + v]: the layer's own, in its dtype, or where the backend takes the
+    weight for its GEMM, in float64."""
+    weight = env.backend._gemm_weight(env.attn, kv_a)
+    if weight is None:
+        kv = env.attn.kv_b_proj(kv_a)[0]
+    else:
+        kv = kv_a.double() @ weight.double().T
+    return kv.view(-1, env.dims.heads, env.dims.nope + env.dims.v)
+
+
 def layer_inputs(env: Env, batch: Batch) -> dict[str, Any]:
     """The arguments of `mla_prefill_quantize_fp8` for every row of the batch, but for
     the cache, from the layer's own linears and norms."""
@@ -652,10 +663,10 @@ def layer_inputs(env: Env, batch: Batch) -> dict[str, Any]:
             q = attn.q_b_proj(attn.q_a_layernorm(q))[0]
         kv_a, k_pe = latent.split([dims.lora, dims.rope], dim=-1)
         kv_a = attn.kv_a_layernorm(kv_a)
-        kv = attn.kv_b_proj(kv_a)[0]
+        kv = _kv_b_proj(env, kv_a)
     return dict(
         q=q.view(-1, dims.heads, dims.nope + dims.rope),
-        kv=kv.view(-1, dims.heads, dims.nope + dims.v),
+        kv=kv,
         kv_a=kv_a,
         k_pe=k_pe.unsqueeze(1),
         positions=batch.positions,
@@ -686,10 +697,8 @@ def _cached_kv(
     rows = cache.view(env.pool.dtype)[slots, 0].to(env.dtype)
     latent, k_pe = rows.split([dims.lora, dims.rope], dim=-1)
     with torch.no_grad():
-        kv = env.attn.kv_b_proj(latent.contiguous())[0]
-    k_nope, v = kv.view(-1, dims.heads, dims.nope + dims.v).split(
-        [dims.nope, dims.v], dim=-1
-    )
+        kv = _kv_b_proj(env, latent.contiguous())
+    k_nope, v = kv.split([dims.nope, dims.v], dim=-1)
     k_pe = k_pe.unsqueeze(1).expand(-1, dims.heads, -1)
     k = torch.cat([k_nope, k_pe], dim=-1).double()
     return k * k_scale_inv, v.double() * v_scale_inv

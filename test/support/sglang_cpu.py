@@ -82,7 +82,7 @@ def _fix_interpreter() -> None:
 
     Triton 3.6 to 3.9 round float32 to FP8 without ties to even and let it wrap on
     overflow, cut float32 off to BF16 where a GPU rounds, widen FP8 NaN and infinity
-    to ordinary numbers, and take min and max with NumPy's NaN rule where a GPU
+    to ordinary numbers, multiply matrices of BF16 as if their bits were integers, and take min and max with NumPy's NaN rule where a GPU
     returns the other operand. PDL instructions, inline assembly there, are dropped,
     and loop bounds, arrays of one element there, are read in a way that NumPy 2.4
     still allows.
@@ -124,6 +124,10 @@ def _fix_interpreter() -> None:
             x, low, high, lambda v, lo, hi: np.fmin(np.fmax(v, lo), hi)
         )
 
+    def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        a, b = (_to_float32(x.data, x.dtype.scalar.name).numpy() for x in (a, b))
+        return interpreter.TensorHandle(np.matmul(a, b) + d.data, d.dtype.scalar)
+
     def patch_lang_tensor(tensor, scope):
         original_patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda x: int(x.handle.data.item()))
@@ -134,6 +138,7 @@ def _fix_interpreter() -> None:
     builder = interpreter.InterpreterBuilder
     builder.cast_impl = cast_impl
     builder.create_clampf = clampf
+    builder.create_dot = dot
     builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
     builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
 

@@ -64,6 +64,7 @@ PREFILL_OPTIONS = [
     dict(scale=0.5),
     dict(scale=torch.tensor(0.5)),
     dict(kv=None),
+    dict(kv=None, k_pe_out=True),
 ]
 
 
@@ -100,6 +101,8 @@ def jobs() -> list[Job]:
         if full:
             for options in PREFILL_OPTIONS:
                 todo.append(Job(target, "prefill", pdl, options=options))
+            for options in ({}, dict(scale=0.5), dict(dtype=torch.float16)):
+                todo.append(Job(target, "project", pdl, options=options))
         if pdl:
             todo.append(Job(target, "prefill", pdl=False))
     return todo
@@ -108,6 +111,7 @@ def jobs() -> list[Job]:
 def call(job: Job) -> None:
     """Call the public function as SGLang does."""
     from sglang.jit_kernel.fp8_quantize import fp8_quantize
+    from sglang.jit_kernel.mla_kv_b_proj_quantize_fp8 import mla_kv_b_proj_quantize_fp8
     from sglang.jit_kernel.mla_kv_pack_quantize_fp8 import mla_kv_pack_quantize_fp8
     from sglang.jit_kernel.mla_prefill_quantize_fp8 import mla_prefill_quantize_fp8
     from sglang.jit_kernel.tests.fp8_reference import MODELS, prefill_inputs
@@ -117,7 +121,9 @@ def call(job: Job) -> None:
     options = dict(job.options)
     fp8_dtype = options.pop("fp8_dtype", torch.float8_e4m3fn)
     scale = options.pop("scale", 1.0)
-    without = {name: options.pop(name) for name in ("kv",) if name in options}
+    given = {name: options.pop(name) for name in ("kv",) if name in options}
+    if options.pop("k_pe_out", False):
+        given["k_pe_out"] = torch.zeros(2, dims.rope)
     x = prefill_inputs(dims, tokens=2, **options)
     x.update({name: x[name].contiguous() for name in ("q", "kv", "kv_a")})
     k_nope, v = x["kv"][..., : dims.nope], x["kv"][..., dims.nope :]
@@ -126,13 +132,17 @@ def call(job: Job) -> None:
     if job.operation == "prefill":
         x["kv_cache"] = x["kv_cache"].view(fp8_dtype)
         mla_prefill_quantize_fp8(
-            **{**x, **without},
+            **{**x, **given},
             k_scale_inv=scale,
             v_scale_inv=scale,
             fp8_dtype=fp8_dtype,
         )
     elif job.operation == "pack":
         mla_kv_pack_quantize_fp8(k_nope, x["k_pe"], v)
+    elif job.operation == "project":
+        weight = x["kv_a"].new_empty(dims.heads * 256, dims.lora)
+        k_pe = x["k_pe"].float()
+        mla_kv_b_proj_quantize_fp8(x["kv_a"], weight, k_pe, scale, scale)
     else:
         fp8_quantize(v)
 

@@ -23,7 +23,7 @@ from sglang.srt.layers.attention import mla_fp8_prefill
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
 from sglang.srt.layers.attention.mla_fp8_prefill import (
-    prefix_chunk_packing,
+    attend_prefix_chunks,
     prepare_prefill_qkv,
     resolve_attn_backend,
 )
@@ -36,6 +36,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 E4M3 = torch.float8_e4m3fn
 SWITCH = "SGLANG_MLA_FP8_PREFILL"
+GEMM_SWITCH = "SGLANG_MLA_FP8_PREFILL_GEMM"
 
 on_each = pytest.mark.parametrize("backend", BACKENDS)
 with_each_producer = pytest.mark.parametrize("producer", ["fused", "composed"])
@@ -331,17 +332,19 @@ class TestResolve:
 
 
 @on_each
-def test_chunks_of_operands_in_the_models_dtype_are_not_packed(backend):
-    q, given = torch.zeros(1, dtype=torch.bfloat16), (None, torch.bfloat16)
+def test_chunks_behind_operands_in_the_models_dtype_are_left_to_sglang(backend):
+    q = torch.zeros(1, dtype=torch.bfloat16)
     env = make_env(TINY, backend)
-    assert prefix_chunk_packing(env.attn, q, None, *given) == given
+    assert attend_prefix_chunks(env.attn, q, None, None, None) is None
 
 
-def assert_launches_and_casts(backend, switch, batch, launches, casts) -> None:
-    """{kernel: how often}, which is all but for the indices of the cache's slots, and
-    {shape of the result: how often}."""
+def assert_launches_and_casts(
+    backend, switch, batch, launches, casts, **scenario
+) -> None:
+    """{kernel: how often}, which is all but for the indices of the cache's slots and
+    the merges, and {shape of the result: how often}."""
     counts = Counter()
-    scenario = Scenario(
+    given = dict(
         # Heads for which SGLang has no kernel of its own to concatenate k.
         env=dict(dims=TINY._replace(heads=12)),
         batch=dict(extend_lens=[5, 3], **batch),
@@ -350,11 +353,12 @@ def assert_launches_and_casts(backend, switch, batch, launches, casts) -> None:
             env, batch, inside=lambda _: batch_runs.counting(counts)
         ),
     )
-    result = scenario.on(backend).run()
+    result = Scenario(**{**given, **scenario}).on(backend).run()
     assert {shape: n for (kind, shape), n in counts.items() if kind == "cast"} == casts
     found = {name: n for (kind, name), n in counts.items() if kind == "launch"}
     found.pop("create_chunked_prefix_cache_kv_indices", None)
     found.pop("create_flashinfer_kv_indices_triton", None)
+    found.pop("merge_state_kernel", None)
     if HAS_GPU:
         found = {name: found[name] for name in launches if name in found}
     else:
@@ -390,6 +394,99 @@ def test_launches_and_casts(switch, chunks, backend):
             (n, 1, rope): 1,
         }
     assert_launches_and_casts(backend, switch, batch, launches, casts)
+
+
+@on_each
+def test_launches_with_k_and_v_out_of_kv_b_proj(backend):
+    """One launch for q and the cache rows and one that is kv_b_proj; for each chunk one
+    to gather and one that is kv_b_proj."""
+    launches = {
+        "_mla_prefill_quantize_fp8_kernel": 1,
+        "_mla_kv_b_proj_quantize_fp8_kernel": 1 + 2,
+        "get_mla_kv_buffer_kernel": 2,
+    }
+    assert_launches_and_casts(
+        backend,
+        "fused",
+        dict(prefix_lens=[8, 8], chunks=2),
+        launches,
+        {},
+        env=dict(dims=DEEPSEEK),
+        environ={GEMM_SWITCH: "on"},
+        change=batch_runs.any_batch_is_large,
+    )
+
+
+class TestGemm:
+    """Whether this project's GEMM multiplies by the weight of kv_b_proj."""
+
+    @pytest.fixture
+    def env(self, monkeypatch):
+        monkeypatch.setenv(GEMM_SWITCH, "on")
+        env = make_env(DEEPSEEK, "trtllm_mla")
+        batch_runs.any_batch_is_large(env)
+        return env
+
+    @staticmethod
+    def takes(env, tokens: int = 4, start: int = 0, row: int = 512) -> bool:
+        memory = torch.zeros(9000, dtype=torch.bfloat16, device=DEVICE)
+        kv_a = memory.as_strided((tokens, 512), (row, 1), start)
+        return env.backend._gemm_weight(env.attn, kv_a) is not None
+
+    def test_what_a_batch_has_to_be(self, env):
+        assert self.takes(env) and self.takes(env, start=8, row=576)
+        assert not self.takes(env, start=4) and not self.takes(env, row=516)
+        env.backend.least_gemm_rows = 12 * DEEPSEEK.heads
+        assert self.takes(env, 12) and not self.takes(env, 11)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda proj: setattr(proj, "bias", proj.weight),
+            lambda proj: setattr(proj, "quant_method", SimpleNamespace()),
+            lambda proj: setattr(
+                proj, "__class__", type("WithLoRA", (type(proj),), {})
+            ),
+            lambda proj: setattr(proj, "gather_output", True),
+            lambda proj: proj.half(),
+            lambda proj: setattr(
+                proj.weight, "data", proj.weight.data.T.contiguous().T
+            ),
+        ],
+        ids=["bias", "quantized", "lora", "gathered", "dtype", "layout"],
+    )
+    def test_what_kv_b_proj_has_to_be(self, change, env):
+        change(env.attn.kv_b_proj)
+        assert not self.takes(env)
+        reason = env.backend._no_gemm_reason(env.runner.model)
+        assert reason == "its weight is not plain"
+
+    @pytest.mark.parametrize(
+        "setting, dims, device, capability, reason",
+        [
+            ("off", DEEPSEEK, "cuda", (9, 0), "SGLANG_MLA_FP8_PREFILL_GEMM=off"),
+            ("on", TINY, "cuda", (9, 0), "head dimensions other than 128"),
+            ("on", DEEPSEEK, "cuda", (8, 9), "needs SM90"),
+            ("on", DEEPSEEK, "cuda", (10, 0), None),
+            ("AUTO", DEEPSEEK, "cuda", (9, 0), None),
+            ("auto", DEEPSEEK, "cuda", (10, 0), "measured on SM90 only"),
+            ("auto", DEEPSEEK, "cpu", None, "measured on SM90 only"),
+        ],
+    )
+    def test_where_it_runs(
+        self, setting, dims, device, capability, reason, monkeypatch
+    ):
+        env = make_env(dims, "trtllm_mla")
+        monkeypatch.setenv(GEMM_SWITCH, setting)
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+        env.backend.device = device
+        found = env.backend._no_gemm_reason(env.runner.model)
+        assert found is None if reason is None else found.startswith(reason)
+
+    def test_no_such_setting(self, monkeypatch):
+        monkeypatch.setenv(GEMM_SWITCH, "yes")
+        with pytest.raises(ValueError, match=f"^{GEMM_SWITCH} must be auto, on or off"):
+            make_env(DEEPSEEK, "trtllm_mla")
 
 
 @pytest.mark.parametrize("switch", ["fused", "off"])
@@ -502,16 +599,19 @@ class TestStart:
             ("fa3", dict(rope=None)),
         ],
     )
+    @pytest.mark.parametrize("gemm", ["on", "off"])
     @with_each_producer
     def test_requests_launch_what_ran_before(
-        self, producer, backend, layer, flashinfer, monkeypatch, specializations
+        self, producer, gemm, backend, layer, flashinfer, monkeypatch, specializations
     ):
         """The kernels' constants, and the types and the alignment of what else they are
         given and specialize on."""
         monkeypatch.setenv(SWITCH, producer)
+        monkeypatch.setenv(GEMM_SWITCH, gemm)
         flashinfer(True)
         monkeypatch.setenv("SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD", "1")
         env = make_env(DEEPSEEK, backend, **layer)
+        batch_runs.any_batch_is_large(env)
         variants = env.backend._prefill_variants(env.runner.model)
         env.backend._compile_prefill_kernels(producer, variants)
         at_start = specializations()

@@ -122,10 +122,12 @@ class Plan(NamedTuple):
     tokens: int  # of a program
     parts: int  # programs for each block of tokens
     strides: tuple[int, ...]
+    most_programs: int = 2**31 - 1
 
     def launch(self, num_tokens: int, tensors: tuple, numbers: tuple) -> None:
         blocks = -(-num_tokens // self.tokens)
-        self.launcher(blocks * self.parts, tensors, numbers)
+        programs = min(blocks * self.parts, self.most_programs)
+        self.launcher(programs, tensors, numbers)
 
 
 class PlanCache(dict):

@@ -23,6 +23,7 @@ from sglang.jit_kernel.fp8_common import (
     check_head_dims,
     check_index,
     check_input,
+    check_output,
     index_key,
     layout_key,
     load_scale,
@@ -122,6 +123,7 @@ def _mla_prefill_quantize_fp8_kernel(
     q_fp8_ptr,
     k_fp8_ptr,
     v_fp8_ptr,
+    k_pe_out_ptr,
     k_scale_inv,
     v_scale_inv,
     num_tokens,
@@ -139,6 +141,7 @@ def _mla_prefill_quantize_fp8_kernel(
     ROPE: tl.constexpr,
     V: tl.constexpr,
     LORA: tl.constexpr,
+    K_PE_OUT: tl.constexpr,
     NOPE_P2: tl.constexpr,
     HALF_P2: tl.constexpr,
     V_P2: tl.constexpr,
@@ -227,22 +230,29 @@ def _mla_prefill_quantize_fp8_kernel(
     else:
         if LORA > 0:
             cached = t < num_cache_rows
+            rotated = live if K_PE_OUT else cached
             lora = tl.arange(0, LORA_P2)[None, None, :]
             lora_mask = cached & (lora < LORA)
             latent = tl.load(kv_a_ptr + t * kv_a_token_stride + lora, mask=lora_mask)
             slot = tl.load(cache_loc_ptr + t, mask=cached, other=0).to(tl.int64)
-            x, y = _load_pairs(k_pe_row, cached, HALF, HALF_P2, NEOX)
+            x, y = _load_pairs(k_pe_row, rotated, HALF, HALF_P2, NEOX)
             cos_t, sin_t = _load_cos_sin(
                 positions_ptr,
                 cos_sin_ptr,
                 cos_sin_row_stride,
                 t,
-                cached,
+                rotated,
                 HALF,
                 HALF_P2,
                 ROPE_STYLE,
             )
             x, y = _rotate(x, y, cos_t, sin_t, ROPE_STYLE)
+            if K_PE_OUT:
+                scale = load_scale(k_scale_inv, K_SCALE_KIND)
+                k_x_out = to_fp8(x, scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
+                k_y_out = to_fp8(y, scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
+                row_out = k_pe_out_ptr + t * ROPE
+                _store_pairs(row_out, live, k_x_out, k_y_out, HALF, HALF_P2, NEOX)
             latent_fp8 = to_fp8(latent, 1.0, SCALE_UNIT, FP8_DTYPE, CONVERSION)
             x_fp8 = to_fp8(x, 1.0, SCALE_UNIT, FP8_DTYPE, CONVERSION)
             y_fp8 = to_fp8(y, 1.0, SCALE_UNIT, FP8_DTYPE, CONVERSION)
@@ -263,6 +273,7 @@ def mla_prefill_quantize_fp8(
     qk_nope_head_dim: int,
     kv_cache: Optional[torch.Tensor] = None,
     cache_loc: Optional[torch.Tensor] = None,
+    k_pe_out: Optional[torch.Tensor] = None,
     k_scale_inv: Union[float, torch.Tensor] = 1.0,
     v_scale_inv: Union[float, torch.Tensor] = 1.0,
     fp8_dtype: torch.dtype = torch.float8_e4m3fn,
@@ -294,6 +305,8 @@ def mla_prefill_quantize_fp8(
             or None to write no cache.
         cache_loc: [n], int32 or int64, n <= s: the slots of the first n tokens, each
             in range (not checked). Given with kv_cache.
+        k_pe_out: [s, rope], contiguous, fp8_dtype, to write ``fp8(R(k_pe) *
+            k_scale_inv)`` of all tokens to; with kv_cache only.
         k_scale_inv, v_scale_inv: reciprocals of the quantization scales, each a float
             or a float32 tensor of one element on the device, which is read there.
         fp8_dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
@@ -314,9 +327,10 @@ def mla_prefill_quantize_fp8(
     v_kind, v_scale_inv = as_scale("v_scale_inv", v_scale_inv, q)
     settings = (is_neox, qk_nope_head_dim, k_kind, v_kind, fp8_dtype, enable_pdl)
     laid_out = (q, kv, kv_a, k_pe, cos_sin_cache, kv_cache)
+    given = (*laid_out, k_pe_out)
     indices = (positions, cache_loc)
-    key = layout_key(*laid_out) + index_key(*indices)
-    plan = _PLANS.find((*key, *settings), _make_plan, *laid_out, *indices, *settings)
+    key = layout_key(*given) + index_key(*indices)
+    plan = _PLANS.find((*key, *settings), _make_plan, *given, *indices, *settings)
     s = q.shape[0]
     kv_tokens = s if kv is None else kv.shape[0]
     if not s == kv_tokens == kv_a.shape[0] == k_pe.shape[0] == positions.shape[0]:
@@ -324,6 +338,10 @@ def mla_prefill_quantize_fp8(
             "q, kv, kv_a, k_pe and positions must have the same number of tokens, got "
             f"{s}, {kv_tokens}, {kv_a.shape[0]}, {k_pe.shape[0]} and "
             f"{positions.shape[0]}"
+        )
+    if k_pe_out is not None and k_pe_out.shape[0] != s:
+        raise ValueError(
+            f"k_pe_out must have q's {s} tokens, got shape {tuple(k_pe_out.shape)}"
         )
     num_cache_rows = 0 if cache_loc is None else cache_loc.shape[0]
     if num_cache_rows > s:
@@ -341,7 +359,7 @@ def mla_prefill_quantize_fp8(
     if s > 0:
         plan.launch(
             s,
-            (*laid_out, positions, cache_loc, q_out, k_out, v_out),
+            (*laid_out, positions, cache_loc, q_out, k_out, v_out, k_pe_out),
             (k_scale_inv, v_scale_inv, s, num_cache_rows, *plan.strides),
         )
     return q_out, k_out, v_out
@@ -357,6 +375,7 @@ def _make_plan(
     k_pe,
     cos_sin_cache,
     kv_cache,
+    k_pe_out,
     positions,
     cache_loc,
     is_neox,
@@ -405,6 +424,15 @@ def _make_plan(
         lora = kv_a.shape[1]
         check_index("cache_loc", cache_loc, q.device)
         _check_kv_cache(kv_cache, lora + rope, fp8_dtype, q.device)
+    if k_pe_out is not None:
+        if kv_cache is None:
+            raise ValueError("k_pe_out must be given with kv_cache only")
+        shape = (k_pe_out.shape[0], rope)
+        check_output("k_pe_out", k_pe_out, shape, fp8_dtype, q.device)
+        if not k_pe_out.is_contiguous():
+            raise ValueError(
+                f"k_pe_out must be contiguous, got strides {k_pe_out.stride()}"
+            )
 
     wide = nope + dim_v > 256
     program_rows = _PROGRAM_ROWS_OF_WIDE_HEADS if wide else _PROGRAM_ROWS
@@ -418,6 +446,7 @@ def _make_plan(
         ROPE=rope,
         V=dim_v,
         LORA=lora,
+        K_PE_OUT=k_pe_out is not None,
         NOPE_P2=triton.next_power_of_2(nope),
         HALF_P2=triton.next_power_of_2(rope // 2),
         V_P2=triton.next_power_of_2(max(dim_v, 1)),

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from sglang.jit_kernel.fp8_quantize import fp8_quantize
+from sglang.jit_kernel.mla_kv_b_proj_quantize_fp8 import mla_kv_b_proj_quantize_fp8
 from sglang.jit_kernel.mla_kv_pack_quantize_fp8 import mla_kv_pack_quantize_fp8
 from sglang.jit_kernel.mla_prefill_quantize_fp8 import mla_prefill_quantize_fp8
 from sglang.jit_kernel.tests.fp8_reference import DEVICE
@@ -74,10 +75,15 @@ def pack(x, kv, kv_a, k_pe):
     return mla_kv_pack_quantize_fp8(kv[..., :128], k_pe, kv[..., 128:], enable_pdl=True)
 
 
+def project(x, kv, kv_a, k_pe):
+    return mla_kv_b_proj_quantize_fp8(kv_a, WEIGHT, k_pe, enable_pdl=True)
+
+
 # Made once: a call has no kernel but its own between those of its neighbours.
 POSITIONS = torch.arange(TOKENS, device=DEVICE)
 COS_SIN = torch.ones(TOKENS, 64, device=DEVICE)
 CACHE = torch.zeros(TOKENS, 576, dtype=torch.uint8, device=DEVICE)
+WEIGHT = torch.rand(HEADS * 256, 512, device=DEVICE).to(torch.bfloat16)
 
 
 def prefill(x, kv, kv_a, k_pe):
@@ -123,7 +129,8 @@ def test_a_race_shows(inputs):
 
 @pytest.mark.parametrize(
     "function, late",
-    [(quantize, 0), (pack, 1), (pack, 3)] + [(prefill, i) for i in range(4)],
+    [(quantize, 0), (pack, 1), (pack, 3), (project, 2), (project, 3)]
+    + [(prefill, i) for i in range(4)],
 )
 def test_inputs_and_outputs_of_neighbours(inputs, function, late):
     wanted = [flat(out).clone() for out in function(*inputs)]

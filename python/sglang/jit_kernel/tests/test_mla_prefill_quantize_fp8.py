@@ -18,6 +18,7 @@ from sglang.jit_kernel.tests.fp8_reference import (
     nan_memory,
     poison,
     prefill_inputs,
+    rotate,
     slice_of,
 )
 from sglang.test.ci.ci_register import register_cuda_ci
@@ -115,14 +116,24 @@ def test_fewer_slots_than_tokens():
 
 
 def test_without_cache():
-    run({**prefill_inputs(DIMS, 13), "kv_cache": None, "cache_loc": None})
+    inputs = {**prefill_inputs(DIMS, 13), "kv_cache": None, "cache_loc": None}
+    run(inputs)
+    with pytest.raises(ValueError, match="k_pe_out must be given with kv_cache"):
+        run(inputs, k_pe_out=poison((13, 64), torch.float8_e4m3fn))
 
 
 @pytest.mark.parametrize("is_neox", ROPE.values(), ids=ROPE)
 @pytest.mark.parametrize("dims", SHAPES, ids=str)
 def test_without_k_and_v(dims, is_neox):
     for tokens in (1, 17, 0):
-        run({**prefill_inputs(dims, tokens, is_neox), "kv": None})
+        inputs = {**prefill_inputs(dims, tokens, is_neox), "kv": None}
+        run(inputs)
+        # Rows past those that are cached are rotated too.
+        inputs["cache_loc"] = inputs["cache_loc"][: tokens // 2]
+        k_pe = poison((tokens, dims.rope), torch.float8_e4m3fn)
+        run(inputs, k_pe_out=k_pe, k_scale_inv=0.5)
+        rope = [inputs[name] for name in ("positions", "cos_sin_cache", "is_neox")]
+        assert_fp8(k_pe, rotate(inputs["k_pe"], *rope)[:, 0] * 0.5)
 
 
 def test_layouts():
@@ -195,10 +206,16 @@ def test_pdl_setting(enable_pdl):
         ("cache_loc", lambda x: x.repeat(2), "at most one slot"),
         ("cache_loc", lambda x: x.repeat(2)[::2], "cache_loc must be a contiguous"),
         ("cache_loc", lambda x: x[:, None], "cache_loc must be"),
+        ("k_pe_out", lambda x: x[:5], "k_pe_out must have"),
+        ("k_pe_out", lambda x: x.view(torch.uint8), "k_pe_out must be"),
+        ("k_pe_out", lambda x: x[:, :32], "k_pe_out must be"),
+        ("k_pe_out", lambda x: x.view(26, 32)[::2], "k_pe_out must be"),
+        ("k_pe_out", lambda x: poison((13, 80), x.dtype)[:, :64], "must be contiguous"),
     ],
 )
 def test_rejects(name, change, message):
     inputs = prefill_inputs(DIMS, 13)
+    inputs["k_pe_out"] = poison((13, 64), torch.float8_e4m3fn)
     inputs[name] = change(inputs[name])
     with pytest.raises(ValueError, match=message):
         mla_prefill_quantize_fp8(**inputs)

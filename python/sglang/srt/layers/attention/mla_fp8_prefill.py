@@ -17,10 +17,13 @@ will run the batch to take over before RoPE and the KV-cache write::
   on with RoPE, the cache write and BF16 operands, as for a backend without the method.
 
 A backend that returns FP8 operands also has ``takes_prefill(layer, forward_batch)``,
-whether the hook takes the batch, and ``pack_prefix_chunk_kv(k_nope, k_pe, v, layer) ->
-(k, v)``, which turns a prefix chunk, gathered from the cache and projected in the
-model's dtype, into operands of the same kind; there ``layer`` is the ``RadixAttention``.
-``q_data_type`` of the backend is that dtype.
+whether the hook takes the batch, and ``pack_prefix_chunk_kv(kv_a, k_pe, layer) ->
+(k, v)``, which turns a prefix chunk, gathered from the cache in the backend's
+``q_data_type``, into operands of the same kind.
+
+**The projection.** Where ``kv_b_proj`` has a plain weight, K and V of both are not
+written in the model's dtype first: one GEMM of this project's writes them in FP8
+(SGLANG_MLA_FP8_PREFILL_GEMM; ``mla_kv_b_proj_quantize_fp8``).
 
 **Log-sum-exps.** SGLang merges the results of prefix chunks by natural log-sum-exps;
 trtllm-gen's ragged attention returns base-2 ones. With SGLANG_MLA_FP8_PREFILL_LSE=auto
@@ -34,17 +37,26 @@ import functools
 import logging
 import math
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Callable, NamedTuple, Optional
+from typing import TYPE_CHECKING, NamedTuple, Optional
 
 import torch
 
 from sglang.jit_kernel.fp8_quantize import fp8_quantize
+from sglang.jit_kernel.mla_kv_b_proj_quantize_fp8 import (
+    HEAD_DIM,
+    mla_kv_b_proj_quantize_fp8,
+)
 from sglang.jit_kernel.mla_kv_pack_quantize_fp8 import mla_kv_pack_quantize_fp8
 from sglang.jit_kernel.mla_prefill_quantize_fp8 import mla_prefill_quantize_fp8
-from sglang.jit_kernel.utils import cache_once, is_arch_support_pdl
+from sglang.jit_kernel.utils import (
+    cache_once,
+    is_arch_support_pdl,
+    is_hip_runtime,
+)
 from sglang.srt.distributed.parallel_state import get_tensor_model_parallel_rank
 from sglang.srt.environ import envs
 from sglang.srt.layers.attention.mla_fp8_prefill_internals import (
+    attend_to_chunk,
     attention_tp_size,
     attn_backend_of,
     decode_context_parallel,
@@ -52,6 +64,8 @@ from sglang.srt.layers.attention.mla_fp8_prefill_internals import (
     kv_pool_of,
     write_loc,
 )
+from sglang.srt.layers.linear import ColumnParallelLinear
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, MLATokenToKVPool
 from sglang.srt.utils import is_flashinfer_available, log_info_on_rank0
@@ -76,6 +90,10 @@ QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 # KV pool's own write, which is also used where the pool's buffer may not be written
 # directly.
 FUSED, COMPOSED, OFF = "fused", "composed", "off"
+
+# Values of SGLANG_MLA_FP8_PREFILL_GEMM, beside off: auto is on where it was measured, on
+# SM90.
+ON = "on"
 
 # Backends, as ServerArgs has them, that the hook turns prefill CUDA graphs off for.
 GRAPHLESS_BACKENDS = ("trtllm_mla", "tokenspeed_mla")
@@ -145,29 +163,38 @@ def prepare_prefill_qkv(
     )
 
 
-def prefix_chunk_packing(
+def attend_prefix_chunks(
     layer: DeepseekV2AttentionMLA,
     q: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
     forward_batch: ForwardBatch,
-    pack: Optional[Callable],
-    dtype: torch.dtype,
-) -> tuple[Optional[Callable], torch.dtype]:
-    """How to build K and V of the prefix chunks that q attends to.
+) -> Optional[torch.Tensor]:
+    """Attention to the new tokens, [s, h, v], merged with that to each chunk of the
+    prefix; None where the hook has not taken the batch.
 
-    ``pack(k_nope, k_pe, v) -> (k, v)``, or None where the model concatenates them
-    itself, and the dtype to gather and project the latent in: those of the hook for a
-    batch that it has taken, else as they are given.
+    q is the hook's; output and lse, [s, h], are those of attention to the new tokens.
     """
     if q.dtype != FP8:
-        return pack, dtype
+        return None
     backend = resolve_attn_backend(forward_batch, layer.layer_id)
     takes = getattr(backend, "takes_prefill", None)
     if takes is None or not takes(layer, forward_batch):
-        return pack, dtype
-    return (
-        functools.partial(backend.pack_prefix_chunk_kv, layer=layer.attn_mha),
-        backend.q_data_type,
-    )
+        return None
+    # Where there is no GPU, there is no sgl_kernel to import.
+    from sglang.srt.layers.attention.merge_state import merge_state
+
+    for i in range(forward_batch.num_prefix_chunks):
+        forward_batch.set_prefix_chunk_idx(i)
+        kv_a, k_pe = layer._get_mla_kv_buffer(
+            forward_batch.prefix_chunk_kv_indices[i],
+            backend.q_data_type,
+            forward_batch,
+        )
+        k, v = backend.pack_prefix_chunk_kv(kv_a, k_pe, layer)
+        chunk = attend_to_chunk(layer.attn_mha, q, k, v, forward_batch)
+        output, lse = merge_state(*chunk, output, lse)
+    return output
 
 
 @functools.lru_cache(maxsize=None)
@@ -229,6 +256,24 @@ def _is_one_shot_over_prefix(forward_batch: ForwardBatch) -> bool:
     )
 
 
+def _plain_kv_b_proj_weight(
+    layer: DeepseekV2AttentionMLA, dtype: torch.dtype
+) -> Optional[torch.Tensor]:
+    """The weight that is all there is to kv_b_proj; None with LoRA, quantized or with a
+    bias."""
+    proj = layer.kv_b_proj
+    if (
+        type(proj) is ColumnParallelLinear
+        and type(proj.quant_method) is UnquantizedLinearMethod
+        and proj.bias is None
+        and not proj.gather_output
+        and proj.weight.dtype == dtype
+        and proj.weight.is_contiguous()
+    ):
+        return proj.weight
+    return None
+
+
 def _project_kv(layer: DeepseekV2AttentionMLA, kv_a: torch.Tensor) -> torch.Tensor:
     """k_nope and v, [n, h, nope + v], of the latent kv_a [n, lora]."""
     kv = layer.kv_b_proj(kv_a)[0]
@@ -254,6 +299,9 @@ class MLAFP8PrefillMixin:
     attends_to_prefix_in_one_shot = False
     # Whether the prefill kernel multiplies by v_scale; else its output is multiplied.
     prefill_kernel_has_v_scale = True
+    # Tokens times heads from which K and V straight out of kv_b_proj are faster than
+    # cuBLAS and a launch.
+    least_gemm_rows = 16384
     # k_scale and v_scale that this layer's K and V are divided by.
     prefill_kv_scales = 1.0, 1.0
     # False: as in SGLang, decode multiplies by k_scale though rows of the KV cache are not
@@ -271,8 +319,8 @@ class MLAFP8PrefillMixin:
         Called at the end of the backend's ``__init__``.
 
         Raises:
-            ValueError: SGLANG_MLA_FP8_PREFILL or SGLANG_MLA_FP8_PREFILL_LSE has no such
-                value.
+            ValueError: SGLANG_MLA_FP8_PREFILL, SGLANG_MLA_FP8_PREFILL_LSE or
+                SGLANG_MLA_FP8_PREFILL_GEMM has no such value.
         """
         self._configured_producer = envs.SGLANG_MLA_FP8_PREFILL.get().lower()
         if self._configured_producer not in (FUSED, COMPOSED, OFF):
@@ -284,6 +332,8 @@ class MLAFP8PrefillMixin:
         self._lse_base = self._decide_lse_base()
         self._batch = _BatchDecision(self, None, None)
         self._process_reason = self._unsupported_reason()
+        model = getattr(model_runner, "model", None)
+        self._gemm_reason = self._no_gemm_reason(model)
         if self.skip_prefill:
             return
         pool = getattr(model_runner, "token_to_kv_pool", None)
@@ -293,11 +343,14 @@ class MLAFP8PrefillMixin:
         outcome = f"declined: {reason}"
         if reason is None:
             outcome = f"with the {producer} producer"
-            variants = self._prefill_variants(getattr(model_runner, "model", None))
+            variants = self._prefill_variants(model)
             if torch.device(self.device).type == "cuda":
                 self._compile_prefill_kernels(producer, variants)
         _log_once(f"{type(self).__name__}: FP8 prefill preparation {outcome}")
         if reason is None:
+            gemm = self._gemm_reason
+            dtype = FP8 if gemm is None else f"{self.q_data_type}, not {FP8}: {gemm}"
+            _log_once(f"{type(self).__name__}: kv_b_proj writes K and V in {dtype}")
             self._disable_prefill_cuda_graphs(model_runner)
 
     @staticmethod
@@ -424,6 +477,46 @@ class MLAFP8PrefillMixin:
             return "SGLANG_MLA_FP8_PREFILL=composed without FlashInfer"
         return None
 
+    def _no_gemm_reason(self, model: Optional[torch.nn.Module]) -> Optional[str]:
+        """Why kv_b_proj runs by itself, in the model's dtype, or None."""
+        setting = envs.SGLANG_MLA_FP8_PREFILL_GEMM.get().lower()
+        if setting not in (AUTO, ON, OFF):
+            raise ValueError(
+                f"SGLANG_MLA_FP8_PREFILL_GEMM must be {AUTO}, {ON} or {OFF}, got "
+                f"{envs.SGLANG_MLA_FP8_PREFILL_GEMM.get()!r}"
+            )
+        if setting == OFF:
+            return "SGLANG_MLA_FP8_PREFILL_GEMM=off"
+        if (self.qk_nope_head_dim, self.v_head_dim) != (HEAD_DIM, HEAD_DIM):
+            return f"head dimensions other than {HEAD_DIM}"
+        capability = None
+        if torch.device(self.device).type == "cuda":
+            capability = torch.cuda.get_device_capability()
+            if is_hip_runtime() or capability < (9, 0):
+                return "needs SM90"
+        if setting == AUTO and (capability is None or capability[0] != 9):
+            return "measured on SM90 only: SGLANG_MLA_FP8_PREFILL_GEMM=on"
+        if model is not None and not any(
+            _plain_kv_b_proj_weight(module, self.q_data_type) is not None
+            for module in model.modules()
+            if hasattr(module, "kv_b_proj") and hasattr(module, "attn_mha")
+        ):
+            return "its weight is not plain"
+        return None
+
+    def _gemm_weight(
+        self, layer: DeepseekV2AttentionMLA, kv_a: torch.Tensor
+    ) -> Optional[torch.Tensor]:
+        """kv_b_proj's weight, where it is this project's GEMM that multiplies by it."""
+        if (
+            self._gemm_reason is not None
+            or kv_a.shape[0] * self.num_local_heads < self.least_gemm_rows
+            or kv_a.data_ptr() % 16
+            or kv_a.stride(0) % 8
+        ):
+            return None
+        return _plain_kv_b_proj_weight(layer, self.q_data_type)
+
     def _pool_decision(self, pool) -> tuple[Optional[str], Optional[str]]:
         """(why no row can be written to this KV pool, or None; its producer)."""
         producer = _pool_producer(pool)
@@ -466,14 +559,22 @@ class MLAFP8PrefillMixin:
                 cos_sin_cache=table,
                 is_neox=bool(is_neox),
             )
+            k_and_v = [(kv, None)]
+            if self.attends_to_prefix_in_one_shot:
+                k_and_v.append((None, None))
+            if self._gemm_reason is None:
+                k_and_v.append((None, zeros(1, rope, dtype=FP8)))
+                weight = zeros(heads * (nope + self.v_head_dim), lora)
+                for rotated in (k_pe, k_and_v[-1][1]):
+                    mla_kv_b_proj_quantize_fp8(kv_a, weight, rotated, *scale_invs)
             if producer == FUSED:
-                over_prefix = [None] if self.attends_to_prefix_in_one_shot else []
-                for kv_given in [kv, *over_prefix]:
+                for kv_given, k_pe_out in k_and_v:
                     mla_prefill_quantize_fp8(
                         **{**inputs, "kv": kv_given},
                         qk_nope_head_dim=nope,
                         kv_cache=zeros(1, 1, lora + rope, dtype=FP8),
                         cache_loc=index,
+                        k_pe_out=k_pe_out,
                         k_scale_inv=scale_invs[0],
                         v_scale_inv=scale_invs[1],
                     )
@@ -574,28 +675,43 @@ class MLAFP8PrefillMixin:
         pool, cache_loc = kv_pool_of(forward_batch), forward_batch.out_cache_loc
         scale_invs = self._prefill_scale_invs(attn)
         self.prefill_kv_scales = attn.k_scale_float or 1.0, attn.v_scale_float or 1.0
-        nope = layer.qk_nope_head_dim
+        fused = self._batch.producer == FUSED
         over_prefix = _is_one_shot_over_prefix(forward_batch)
+        kv = k_pe_fp8 = None
+        if not over_prefix:
+            if fused and self._gemm_weight(layer, kv_a) is not None:
+                k_pe_fp8 = q.new_empty((q.shape[0], q_pe.shape[-1]), dtype=FP8)
+            else:
+                kv = _project_kv(layer, kv_a)
         inputs = dict(
             q=q,
-            kv=None if over_prefix else _project_kv(layer, kv_a),
+            kv=kv,
             kv_a=kv_a,
             k_pe=k_pe,
             positions=positions,
             cos_sin_cache=None if rotary_emb is None else rotary_emb.cos_sin_cache,
             is_neox=rotary_emb is not None and rotary_emb.is_neox_style,
         )
-        if self._batch.producer == FUSED:
+        if fused:
             q, k, v = mla_prefill_quantize_fp8(
                 **inputs,
-                qk_nope_head_dim=nope,
+                qk_nope_head_dim=layer.qk_nope_head_dim,
                 kv_cache=_kv_buffer(pool, attn.layer_id),
                 cache_loc=cache_loc[: self.num_prefill_tokens],
+                k_pe_out=k_pe_fp8,
                 k_scale_inv=scale_invs[0],
                 v_scale_inv=scale_invs[1],
             )
             if over_prefix:
-                k, v = self._one_shot_kv(layer, forward_batch)
+                kv_a, k_pe = layer._get_mla_kv_buffer(
+                    forward_batch.fetch_mha_one_shot_kv_indices(),
+                    self.q_data_type,
+                    forward_batch,
+                )
+            elif k_pe_fp8 is not None:
+                k_pe = k_pe_fp8
+            if kv is None:
+                k, v = self.pack_prefix_chunk_kv(kv_a, k_pe, layer)
             return q, k, v
         *qkv, latent, k_pe = self._prepare_composed(**inputs, scale_invs=scale_invs)
         num_cached = cache_loc.shape[0]
@@ -603,21 +719,6 @@ class MLAFP8PrefillMixin:
             attn, write_loc(forward_batch), latent[:num_cached], k_pe[:num_cached]
         )
         return tuple(qkv)
-
-    def _one_shot_kv(
-        self, layer: DeepseekV2AttentionMLA, forward_batch: ForwardBatch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """FP8 k and v of each request's prefix and new tokens, out of the cache."""
-        kv_a, k_pe = layer._get_mla_kv_buffer(
-            forward_batch.fetch_mha_one_shot_kv_indices(),
-            self.q_data_type,
-            forward_batch,
-        )
-        nope = layer.qk_nope_head_dim
-        kv = _project_kv(layer, kv_a)
-        return self.pack_prefix_chunk_kv(
-            kv[..., :nope], k_pe, kv[..., nope:], layer.attn_mha
-        )
 
     def _prepare_composed(
         self, q, kv, kv_a, k_pe, positions, cos_sin_cache, is_neox, scale_invs
@@ -687,20 +788,21 @@ class MLAFP8PrefillMixin:
         return q_fp8, k_fp8
 
     def pack_prefix_chunk_kv(
-        self,
-        k_nope: torch.Tensor,
-        k_pe: torch.Tensor,
-        v: torch.Tensor,
-        layer: RadixAttention,
+        self, kv_a: torch.Tensor, k_pe: torch.Tensor, layer: DeepseekV2AttentionMLA
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """FP8 (k, v), contiguous, of a prefix chunk; k_pe is rotated already.
+        """FP8 (k, v), contiguous, of tokens whose k_pe is rotated already, such as those
+        of a prefix chunk.
 
-        k_nope [n, h, nope], k_pe [n, 1, rope], v [n, h, v]; k and v are divided by the
-        layer's k_scale and v_scale.
+        kv_a [n, lora], k_pe [n, 1, rope], in the model's dtype; k and v are divided by
+        the layer's k_scale and v_scale.
         """
-        return mla_kv_pack_quantize_fp8(
-            k_nope, k_pe, v, *self._prefill_scale_invs(layer)
-        )
+        scale_invs = self._prefill_scale_invs(layer.attn_mha)
+        weight = self._gemm_weight(layer, kv_a)
+        if weight is not None:
+            return mla_kv_b_proj_quantize_fp8(kv_a, weight, k_pe, *scale_invs)
+        kv = _project_kv(layer, kv_a)
+        k_nope, v = kv.split([layer.qk_nope_head_dim, layer.v_head_dim], dim=-1)
+        return mla_kv_pack_quantize_fp8(k_nope, k_pe, v, *scale_invs)
 
     def _run_padded_prefill_kernel(self, *, layer: RadixAttention, **kwargs):
         """``_run_prefill_kernel``, with natural log-sum-exps [s, h] where base 2 was

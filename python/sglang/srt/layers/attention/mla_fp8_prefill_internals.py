@@ -5,10 +5,12 @@ Only this file knows: ``mla_fp8_prefill`` is the same for all of them.
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import TYPE_CHECKING, Union
 
 import torch
 
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache import memory_pool
 
 try:
@@ -56,6 +58,9 @@ try:
 except ImportError:  # before 0.5.13
     forward_context = None
 
+# From 0.5.17 on RadixAttention takes K to have q's number of rows, unless it is told.
+_COUNTS_KEYS = "key_value_num_tokens" in signature(RadixAttention.forward).parameters
+
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -100,6 +105,19 @@ def kv_pool_of(forward_batch: ForwardBatch) -> memory_pool.KVCache:
     if forward_context is None:
         return forward_batch.token_to_kv_pool
     return forward_context.get_token_to_kv_pool()
+
+
+def attend_to_chunk(
+    attn: RadixAttention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    forward_batch: ForwardBatch,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to a chunk of the prefix, with as many keys as the chunk has, and its
+    log-sum-exps."""
+    keys = {"key_value_num_tokens": k.shape[0]} if _COUNTS_KEYS else {}
+    return attn(q, k, v, forward_batch, save_kv_cache=False, **keys)
 
 
 def write_loc(

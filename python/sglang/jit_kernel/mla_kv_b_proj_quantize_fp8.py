@@ -1,0 +1,223 @@
+"""K and V of MLA straight from the latent: ``kv_b_proj`` with FP8 operands as its output."""
+
+from __future__ import annotations
+
+from typing import Optional, Union
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from sglang.jit_kernel.fp8_common import (
+    FP8_DTYPES,
+    SCALE_FLOAT,
+    SCALE_UNIT,
+    Launcher,
+    Plan,
+    PlanCache,
+    as_scale,
+    check_device,
+    check_head_dims,
+    check_input,
+    check_output,
+    layout_key,
+    load_scale,
+    rope_dim,
+    to_fp8,
+)
+
+FP8 = torch.float8_e4m3fn
+# nope and v. A tile is one of the two, of one head, for as many tokens: two such programs
+# share an SM, and one's tensor cores work while the other stores.
+HEAD_DIM = 128
+_BLOCK_K = 64
+_PROGRAMS_PER_SM = 2
+# Blocks of tokens whose tiles follow one another, so that weights are read from L2.
+_GROUP = 8
+
+
+@triton.jit(do_not_specialize=["k_scale_inv", "v_scale_inv", "num_tokens"])
+def _mla_kv_b_proj_quantize_fp8_kernel(
+    k_pe_ptr,
+    k_ptr,
+    v_ptr,
+    kv_a_desc,
+    weight_desc,
+    k_scale_inv,
+    v_scale_inv,
+    num_tokens,
+    k_pe_token_stride,
+    NUM_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    ROPE: tl.constexpr,
+    ROPE_P2: tl.constexpr,
+    LORA: tl.constexpr,
+    K_SCALE_KIND: tl.constexpr,
+    V_SCALE_KIND: tl.constexpr,
+    K_PE_IN_FP8: tl.constexpr,
+    FP8_DTYPE: tl.constexpr,
+    CONVERSION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    ENABLE_PDL: tl.constexpr,
+):
+    """Programs take the tiles in turn: BLOCK_T tokens of k_nope or v of one head."""
+    UNIT: tl.constexpr = K_SCALE_KIND == SCALE_UNIT and V_SCALE_KIND == SCALE_UNIT
+    SCALE_KIND: tl.constexpr = SCALE_UNIT if UNIT else SCALE_FLOAT
+    if ENABLE_PDL:
+        tl.extra.cuda.gdc_wait()
+        # The next kernel waits for this one's completion, so it may be launched now.
+        tl.extra.cuda.gdc_launch_dependents()
+    k_scale = load_scale(k_scale_inv, K_SCALE_KIND)
+    v_scale = load_scale(v_scale_inv, V_SCALE_KIND)
+    blocks = tl.cdiv(num_tokens, BLOCK_T)
+    tiles = blocks * 2 * NUM_HEADS
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        group = tile // (GROUP * 2 * NUM_HEADS)
+        size = tl.minimum(blocks - group * GROUP, GROUP)
+        within = tile % (GROUP * 2 * NUM_HEADS)
+        block = group * GROUP + within % size
+        part = within // size
+        acc = tl.zeros((BLOCK_T, DIM), dtype=tl.float32)
+        for i in range(0, LORA, BLOCK_K):
+            kv_a = kv_a_desc.load([block * BLOCK_T, i])
+            weight = weight_desc.load([part * DIM, i])
+            acc = tl.dot(kv_a, weight.T, acc)
+
+        is_k = part % 2 == 0
+        t = (block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
+        dim = tl.arange(0, DIM)[None, :]
+        rope = tl.arange(0, ROPE_P2)[None, :]
+        row = t * NUM_HEADS + part // 2
+        k_row = k_ptr + row * (DIM + ROPE)
+        rope_mask = (t < num_tokens) & is_k & (rope < ROPE)
+        k_pe = tl.load(k_pe_ptr + t * k_pe_token_stride + rope, mask=rope_mask)
+        scale = tl.where(is_k, k_scale, v_scale)
+        out = to_fp8(acc, scale, SCALE_KIND, FP8_DTYPE, CONVERSION)
+        out_row = tl.where(is_k, k_row, v_ptr + row * DIM)
+        tl.store(out_row + dim, out, mask=t < num_tokens)
+        if not K_PE_IN_FP8:
+            k_pe = to_fp8(k_pe, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
+        tl.store(k_row + DIM + rope, k_pe, mask=rope_mask)
+
+
+def mla_kv_b_proj_quantize_fp8(
+    kv_a: torch.Tensor,
+    weight: torch.Tensor,
+    k_pe: torch.Tensor,
+    k_scale_inv: Union[float, torch.Tensor] = 1.0,
+    v_scale_inv: Union[float, torch.Tensor] = 1.0,
+    enable_pdl: Optional[bool] = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Build the FP8 K and V operands of MLA's multi-head attention out of the latent.
+
+    With (k_nope, v) of each head = ``kv_a @ weight.T``, summed in float32 and not rounded
+    before FP8: ``k = fp8(cat(k_nope, broadcast(k_pe)) * k_scale_inv)``,
+    ``v = fp8(v * v_scale_inv)``. k_pe is rotated already; in FP8 it is copied.
+
+    Args:
+        kv_a: [s, lora], bfloat16 or float16, the latent after its norm; here and below
+            the last dimension is contiguous. Rows begin at multiples of 16 bytes.
+        weight: [h * (nope + v), lora], that of ``kv_b_proj``, contiguous, of kv_a's
+            dtype; nope and v are 128, lora is a multiple of 16.
+        k_pe: [s, 1, rope] or [s, rope], of kv_a's dtype, or in ``torch.float8_e4m3fn``
+            and times k_scale_inv; shared by the heads. rope is a multiple of 16.
+        k_scale_inv, v_scale_inv: reciprocals of the quantization scales, each a float
+            or a float32 tensor of one element on the device, which is read there.
+        enable_pdl: launch with programmatic dependent launch. None: where the GPU has
+            it. True is ignored on a GPU without it.
+
+    Returns:
+        (k [s, h, nope + rope], v [s, h, v]), contiguous, in ``torch.float8_e4m3fn``;
+        rounding as in ``fp8_common``.
+
+    Raises:
+        ValueError: an argument of wrong dtype, shape, layout or device, by its name.
+        RuntimeError: the GPU cannot copy tiles by descriptor (before SM90).
+    """
+    k_kind, k_scale_inv = as_scale("k_scale_inv", k_scale_inv, kv_a)
+    v_kind, v_scale_inv = as_scale("v_scale_inv", v_scale_inv, kv_a)
+    inputs = (kv_a, weight, k_pe)
+    settings = (k_kind, v_kind, enable_pdl)
+    key = (*layout_key(*inputs), weight.shape[0], *settings)
+    plan = _PLANS.find(key, _make_plan, *inputs, *settings)
+    s, lora = kv_a.shape
+    if k_pe.shape[0] != s:
+        raise ValueError(
+            f"k_pe must have kv_a's {s} tokens, got shape {tuple(k_pe.shape)}"
+        )
+    heads = weight.shape[0] // (2 * HEAD_DIM)
+    k = kv_a.new_empty((s, heads, HEAD_DIM + k_pe.shape[-1]), dtype=FP8)
+    v = kv_a.new_empty((s, heads, HEAD_DIM), dtype=FP8)
+    if s > 0:
+        block = [HEAD_DIM, _BLOCK_K]
+        descriptors = (
+            TensorDescriptor(kv_a, [s, lora], [kv_a.stride(0), 1], block),
+            TensorDescriptor(weight, [weight.shape[0], lora], [lora, 1], block),
+        )
+        plan.launch(
+            s,
+            (k_pe, k, v),
+            (*descriptors, k_scale_inv, v_scale_inv, s, *plan.strides),
+        )
+    return k, v
+
+
+_PLANS = PlanCache()
+
+
+def _make_plan(kv_a, weight, k_pe, k_kind, v_kind, enable_pdl) -> Plan:
+    check_device("kv_a", kv_a)
+    if kv_a.is_cuda and torch.cuda.get_device_capability(kv_a.device) < (9, 0):
+        raise RuntimeError("kv_b_proj with FP8 output needs compute capability 9.0")
+    if kv_a.dim() != 2:
+        raise ValueError(f"kv_a must be [s, lora], got shape {tuple(kv_a.shape)}")
+    check_input("kv_a", kv_a)
+    lora, row = kv_a.shape[1], 2 * HEAD_DIM
+    check_head_dims(lora=lora)
+    if kv_a.data_ptr() % 16 or kv_a.stride(0) % 8:
+        raise ValueError(
+            "kv_a must have rows that begin at multiples of 16 bytes, got strides "
+            f"{kv_a.stride()} at {kv_a.data_ptr():#x}"
+        )
+    check_input("weight", weight, kv_a)
+    if weight.dim() != 2 or weight.shape[0] % row or weight.shape[1] != lora:
+        raise ValueError(
+            f"weight must be [h * {row}, {lora}], got shape {tuple(weight.shape)}"
+        )
+    if weight.data_ptr() % 16 or not weight.is_contiguous() or weight.shape[0] == 0:
+        raise ValueError(
+            "weight must be contiguous, aligned to 16 bytes and not empty, got shape "
+            f"{tuple(weight.shape)} with strides {weight.stride()}"
+        )
+    rope = rope_dim(k_pe)
+    check_head_dims(rope=rope)
+    if k_pe.dtype == FP8:
+        check_output("k_pe", k_pe, k_pe.shape, FP8, kv_a.device)
+    else:
+        check_input("k_pe", k_pe, kv_a)
+    heads = weight.shape[0] // row
+    programs = 1
+    if kv_a.is_cuda:
+        device = torch.cuda.get_device_properties(kv_a.device)
+        programs = device.multi_processor_count * _PROGRAMS_PER_SM
+    launcher = Launcher(
+        _mla_kv_b_proj_quantize_fp8_kernel,
+        kv_a.device,
+        enable_pdl,
+        NUM_HEADS=heads,
+        DIM=HEAD_DIM,
+        ROPE=rope,
+        ROPE_P2=triton.next_power_of_2(rope),
+        LORA=lora,
+        K_SCALE_KIND=k_kind,
+        V_SCALE_KIND=v_kind,
+        K_PE_IN_FP8=k_pe.dtype == FP8,
+        FP8_DTYPE=FP8_DTYPES[FP8],
+        BLOCK_T=HEAD_DIM,
+        BLOCK_K=_BLOCK_K,
+        GROUP=_GROUP,
+    )
+    return Plan(launcher, HEAD_DIM, 2 * heads, (k_pe.stride(0),), programs)

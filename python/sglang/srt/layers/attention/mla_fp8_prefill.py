@@ -48,11 +48,7 @@ from sglang.jit_kernel.mla_kv_b_proj_quantize_fp8 import (
 )
 from sglang.jit_kernel.mla_kv_pack_quantize_fp8 import mla_kv_pack_quantize_fp8
 from sglang.jit_kernel.mla_prefill_quantize_fp8 import mla_prefill_quantize_fp8
-from sglang.jit_kernel.utils import (
-    cache_once,
-    is_arch_support_pdl,
-    is_hip_runtime,
-)
+from sglang.jit_kernel.utils import cache_once, is_arch_support_pdl, is_hip_runtime
 from sglang.srt.distributed.parallel_state import get_tensor_model_parallel_rank
 from sglang.srt.environ import envs
 from sglang.srt.layers.attention.mla_fp8_prefill_internals import (

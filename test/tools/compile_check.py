@@ -111,8 +111,8 @@ def jobs() -> list[Job]:
 def call(job: Job) -> None:
     """Call the public function as SGLang does."""
     from sglang.jit_kernel.fp8_quantize import fp8_quantize
-    from sglang.jit_kernel.mla_kv_b_proj_quantize_fp8 import mla_kv_b_proj_quantize_fp8
     from sglang.jit_kernel.mla_kv_pack_quantize_fp8 import mla_kv_pack_quantize_fp8
+    from sglang.jit_kernel.mla_kv_proj_quantize_fp8 import mla_kv_proj_quantize_fp8
     from sglang.jit_kernel.mla_prefill_quantize_fp8 import mla_prefill_quantize_fp8
     from sglang.jit_kernel.tests.fp8_reference import MODELS, prefill_inputs
 
@@ -142,7 +142,7 @@ def call(job: Job) -> None:
     elif job.operation == "project":
         weight = x["kv_a"].new_empty(dims.heads * 256, dims.lora)
         k_pe = x["k_pe"].float()
-        mla_kv_b_proj_quantize_fp8(x["kv_a"], weight, k_pe, scale, scale)
+        mla_kv_proj_quantize_fp8(x["kv_a"], weight, k_pe, scale, scale)
     else:
         fp8_quantize(v)
 

@@ -402,7 +402,7 @@ def test_launches_with_k_and_v_out_of_kv_b_proj(backend):
     to gather and one that is kv_b_proj."""
     launches = {
         "_mla_prefill_quantize_fp8_kernel": 1,
-        "_mla_kv_b_proj_quantize_fp8_kernel": 1 + 2,
+        "_mla_kv_proj_quantize_fp8_kernel": 1 + 2,
         "get_mla_kv_buffer_kernel": 2,
     }
     assert_launches_and_casts(

@@ -116,8 +116,10 @@ def test_new_release(tmp_path, capsys):
     package = tree / "python/sglang"
     write_tree(package, {"_version.py": "__version__ = '0.99.0'\n"})
     model = next(package.rglob("forward_mha.py"))
-    model.write_text(model.read_text().replace("kv_a_dtype", "dtype"))
+    model.write_text(model.read_text().replace("num_prefix_chunks", "chunks"))
     assert new_release.main([str(tree)]) == 1
     first, *problems = capsys.readouterr().out.splitlines()
     assert first == f"SGLang 0.99.0, taken for {newest}"
-    assert len(problems) == 1 and "assign kv_a_dtype torch.bfloat16: no" in problems[0]
+    assert (
+        len(problems) == 1 and "for forward_batch.num_prefix_chunks: no" in problems[0]
+    )

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from sglang.jit_kernel.fp8_quantize import fp8_quantize
-from sglang.jit_kernel.mla_kv_b_proj_quantize_fp8 import mla_kv_b_proj_quantize_fp8
 from sglang.jit_kernel.mla_kv_pack_quantize_fp8 import mla_kv_pack_quantize_fp8
+from sglang.jit_kernel.mla_kv_proj_quantize_fp8 import mla_kv_proj_quantize_fp8
 from sglang.jit_kernel.mla_prefill_quantize_fp8 import mla_prefill_quantize_fp8
 from sglang.jit_kernel.tests.fp8_reference import DEVICE
 from sglang.jit_kernel.utils import is_arch_support_pdl
@@ -76,7 +76,7 @@ def pack(x, kv, kv_a, k_pe):
 
 
 def project(x, kv, kv_a, k_pe):
-    return mla_kv_b_proj_quantize_fp8(kv_a, WEIGHT, k_pe, enable_pdl=True)
+    return mla_kv_proj_quantize_fp8(kv_a, WEIGHT, k_pe, enable_pdl=True)
 
 
 # Made once: a call has no kernel but its own between those of its neighbours.

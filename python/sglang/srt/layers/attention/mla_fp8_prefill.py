@@ -23,7 +23,7 @@ whether the hook takes the batch, and ``pack_prefix_chunk_kv(kv_a, k_pe, layer) 
 
 **The projection.** Where ``kv_b_proj`` has a plain weight, K and V of both are not
 written in the model's dtype first: one GEMM of this project's writes them in FP8
-(SGLANG_MLA_FP8_PREFILL_GEMM; ``mla_kv_b_proj_quantize_fp8``).
+(SGLANG_MLA_FP8_PREFILL_GEMM; ``mla_kv_proj_quantize_fp8``).
 
 **Log-sum-exps.** SGLang merges the results of prefix chunks by natural log-sum-exps;
 trtllm-gen's ragged attention returns base-2 ones. With SGLANG_MLA_FP8_PREFILL_LSE=auto
@@ -42,11 +42,11 @@ from typing import TYPE_CHECKING, NamedTuple, Optional
 import torch
 
 from sglang.jit_kernel.fp8_quantize import fp8_quantize
-from sglang.jit_kernel.mla_kv_b_proj_quantize_fp8 import (
-    HEAD_DIM,
-    mla_kv_b_proj_quantize_fp8,
-)
 from sglang.jit_kernel.mla_kv_pack_quantize_fp8 import mla_kv_pack_quantize_fp8
+from sglang.jit_kernel.mla_kv_proj_quantize_fp8 import (
+    HEAD_DIM,
+    mla_kv_proj_quantize_fp8,
+)
 from sglang.jit_kernel.mla_prefill_quantize_fp8 import mla_prefill_quantize_fp8
 from sglang.jit_kernel.utils import cache_once, is_arch_support_pdl, is_hip_runtime
 from sglang.srt.distributed.parallel_state import get_tensor_model_parallel_rank
@@ -562,7 +562,7 @@ class MLAFP8PrefillMixin:
                 k_and_v.append((None, zeros(1, rope, dtype=FP8)))
                 weight = zeros(heads * (nope + self.v_head_dim), lora)
                 for rotated in (k_pe, k_and_v[-1][1]):
-                    mla_kv_b_proj_quantize_fp8(kv_a, weight, rotated, *scale_invs)
+                    mla_kv_proj_quantize_fp8(kv_a, weight, rotated, *scale_invs)
             if producer == FUSED:
                 for kv_given, k_pe_out in k_and_v:
                     mla_prefill_quantize_fp8(
@@ -795,7 +795,7 @@ class MLAFP8PrefillMixin:
         scale_invs = self._prefill_scale_invs(layer.attn_mha)
         weight = self._gemm_weight(layer, kv_a)
         if weight is not None:
-            return mla_kv_b_proj_quantize_fp8(kv_a, weight, k_pe, *scale_invs)
+            return mla_kv_proj_quantize_fp8(kv_a, weight, k_pe, *scale_invs)
         kv = _project_kv(layer, kv_a)
         k_nope, v = kv.split([layer.qk_nope_head_dim, layer.v_head_dim], dim=-1)
         return mla_kv_pack_quantize_fp8(k_nope, k_pe, v, *scale_invs)

@@ -38,7 +38,7 @@ _GROUP = 8
 
 
 @triton.jit(do_not_specialize=["k_scale_inv", "v_scale_inv", "num_tokens"])
-def _mla_kv_b_proj_quantize_fp8_kernel(
+def _mla_kv_proj_quantize_fp8_kernel(
     k_pe_ptr,
     k_ptr,
     v_ptr,
@@ -103,7 +103,7 @@ def _mla_kv_b_proj_quantize_fp8_kernel(
         tl.store(k_row + DIM + rope, k_pe, mask=rope_mask)
 
 
-def mla_kv_b_proj_quantize_fp8(
+def mla_kv_proj_quantize_fp8(
     kv_a: torch.Tensor,
     weight: torch.Tensor,
     k_pe: torch.Tensor,
@@ -204,7 +204,7 @@ def _make_plan(kv_a, weight, k_pe, k_kind, v_kind, enable_pdl) -> Plan:
         device = torch.cuda.get_device_properties(kv_a.device)
         programs = device.multi_processor_count * _PROGRAMS_PER_SM
     launcher = Launcher(
-        _mla_kv_b_proj_quantize_fp8_kernel,
+        _mla_kv_proj_quantize_fp8_kernel,
         kv_a.device,
         enable_pdl,
         NUM_HEADS=heads,

@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from sglang.jit_kernel.mla_kv_b_proj_quantize_fp8 import mla_kv_b_proj_quantize_fp8
+from sglang.jit_kernel.mla_kv_proj_quantize_fp8 import mla_kv_proj_quantize_fp8
 from sglang.jit_kernel.tests.fp8_reference import (
     DEVICE,
     assert_fp8,
@@ -48,7 +48,7 @@ def expected(kv_a, weight, k_pe, scale_invs=(1.0, 1.0)):
 def run(inputs, scale_invs=(1.0, 1.0), **options):
     """Call the kernel in memory full of NaN and compare with the definition."""
     with nan_memory():
-        outputs = mla_kv_b_proj_quantize_fp8(*inputs, **options)
+        outputs = mla_kv_proj_quantize_fp8(*inputs, **options)
     for out, wanted in zip(outputs, expected(*inputs, scale_invs)):
         assert out.is_contiguous() and out.dtype == torch.float8_e4m3fn
         assert_fp8(out, wanted)
@@ -83,7 +83,7 @@ def test_dtypes_and_scales(dtype, lora, rope):
     # In FP8 it is scaled already.
     scaled = k_pe.to(torch.float8_e4m3fn)
     with nan_memory():
-        outputs = mla_kv_b_proj_quantize_fp8(kv_a, weight, scaled, 0.5, 0.25)
+        outputs = mla_kv_proj_quantize_fp8(kv_a, weight, scaled, 0.5, 0.25)
     unscaled = scaled.double() / 0.5
     for out, wanted in zip(outputs, expected(kv_a, weight, unscaled, (0.5, 0.25))):
         assert_fp8(out, wanted)
@@ -98,7 +98,7 @@ def test_special_values():
     kv_a, weight, k_pe = make(4, 1)
     kv_a[0], kv_a[1, 0], kv_a[2] = 3e4, float("nan"), 0
     k_pe[3] = float("inf")
-    k, v = mla_kv_b_proj_quantize_fp8(kv_a, weight.abs(), k_pe)
+    k, v = mla_kv_proj_quantize_fp8(kv_a, weight.abs(), k_pe)
     assert (k[0, :, :128].float() == 448).all() and (v[0].float() == 448).all()
     assert k[1, :, :128].float().isnan().all() and v[1].float().isnan().all()
     assert (k[2, :, :128].float() == 0).all() and (v[2].float() == 0).all()
@@ -132,14 +132,14 @@ def test_rejects(name, change):
     argument = {"lora": "kv_a", "rope": "k_pe"}.get(name, name)
     given[argument] = change(given[argument])
     with pytest.raises(ValueError, match=f"^{name} must"):
-        mla_kv_b_proj_quantize_fp8(**given)
+        mla_kv_proj_quantize_fp8(**given)
 
 
 @on_gpu
 def test_more_than_2_31_elements():
     inputs = make(100000, 128)
     with nan_memory():
-        outputs = mla_kv_b_proj_quantize_fp8(*inputs)
+        outputs = mla_kv_proj_quantize_fp8(*inputs)
     kv_a, weight, k_pe = inputs
     for rows in (slice(0, 3), slice(87380, 87383), slice(-3, None)):
         for out, wanted in zip(outputs, expected(kv_a[rows], weight, k_pe[rows])):

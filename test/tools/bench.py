@@ -32,14 +32,18 @@ def write_csv(rows: list[dict], path: Path) -> None:
             )
 
 
+def share(row: dict) -> float:
+    """Of copy bandwidth, or where a GEMM is part of it, of the speed without its fusion."""
+    return float(row.get("copy_share") or row["vs_separate"])
+
+
 def slower(rows: list[dict], committed: Path) -> list[str]:
-    """Where the share of copy bandwidth is below LEAST_SHARE of the committed one's."""
+    """Where a share is below LEAST_SHARE of the committed one's."""
     with open(committed, newline="") as file:
         known = {
-            tuple(row[name] for name in KEY): float(row["copy_share"])
-            for row in csv.DictReader(file)
+            tuple(row[name] for name in KEY): share(row) for row in csv.DictReader(file)
         }
-    shares = {tuple(str(row[name]) for name in KEY): row["copy_share"] for row in rows}
+    shares = {tuple(str(row[name]) for name in KEY): share(row) for row in rows}
     compared = [key for key in shares if key in known and int(key[2]) >= FROM_TOKENS]
     if not compared:
         return [f"{committed} has none of these rows"]

@@ -6,6 +6,7 @@ Compares, by operation, as far as each does it:
                        mla_kv_pack_quantize_fp8.py of the folder given with --peers.
   - ``flashinfer``:    mla_rope_quantize_fp8 alone: q and k, no v and no cache.
   - ``bf16``:          the path without the hook: RoPE and concatenation in BF16, casts.
+  - ``separate``:      kv_b_proj by cuBLAS, then the launch that quantizes its output.
 
 Inputs are rotated, so that L2 holds none of them. Bytes count each input element read
 once and each output element written once; a share of 1 is the bandwidth of a large
@@ -21,10 +22,12 @@ import torch
 from flashinfer.rope import mla_rope_quantize_fp8
 from sgl_kernel import concat_mla_k
 from tabulate import tabulate
+from torch.nn.functional import linear
 
 from sglang.jit_kernel.benchmark.utils import get_benchmark_range, run_benchmark
 from sglang.jit_kernel.fp8_quantize import fp8_quantize
 from sglang.jit_kernel.mla_kv_pack_quantize_fp8 import mla_kv_pack_quantize_fp8
+from sglang.jit_kernel.mla_kv_proj_quantize_fp8 import mla_kv_proj_quantize_fp8
 from sglang.jit_kernel.mla_prefill_quantize_fp8 import mla_prefill_quantize_fp8
 from sglang.jit_kernel.rope import apply_rope_with_cos_sin_cache_inplace
 from sglang.jit_kernel.tests.fp8_reference import (
@@ -39,7 +42,7 @@ from sglang.test.ci.ci_register import register_cuda_ci
 
 register_cuda_ci(est_time=60, suite="stage-b-kernel-benchmark-1-gpu-large")
 
-FP8 = torch.float8_e4m3fn
+FP8, BF16 = torch.float8_e4m3fn, torch.bfloat16
 # A rotation is several times an L2; MAX_SETS bounds the set-up of short inputs.
 ROTATED_BYTES, MAX_SETS = 240e6, 400
 
@@ -53,11 +56,17 @@ PREFILL, PACK = "mla_prefill_quantize_fp8", "mla_kv_pack_quantize_fp8"
 QUANTIZE = "fp8_quantize"
 # Without K and V, as one-shot attention over a prefix takes it.
 Q_AND_CACHE = "mla_prefill_quantize_fp8, kv=None"
+# K and V straight out of kv_b_proj: of a prefix chunk, and of new tokens with q_b_proj and
+# the launch for q and the cache rows.
+PROJECT = "mla_kv_proj_quantize_fp8"
+PROJECT_ALL = "q_b_proj, mla_prefill_quantize_fp8, mla_kv_proj_quantize_fp8"
+Q_LORA = 1536
 CASES = [
     *itertools.product([PREFILL], HEADS, TOKENS),
     *itertools.product([Q_AND_CACHE], [16, 128], TOKENS),
     *itertools.product([PACK], [128], TOKENS),
     (QUANTIZE, 128, 8192),
+    *itertools.product([PROJECT, PROJECT_ALL], [16, 128], filter((512).__le__, TOKENS)),
 ]
 
 
@@ -126,6 +135,29 @@ def bf16_pack(k_nope, k_pe, v):
     return k.to(FP8), v.to(FP8)
 
 
+def projected(x):
+    """x with kv by kv_b_proj."""
+    kv = linear(x["kv_a"], x["kv_weight"]).view(x["kv"].shape)
+    return {**x, "kv": kv}
+
+
+def q_projected(x):
+    """x with q by q_b_proj."""
+    return {**x, "q": linear(x["q_a"], x["q_weight"]).view(x["q"].shape)}
+
+
+def prefill_by_gemm(x):
+    x = q_projected(x)
+    k_pe = x["k_pe"].new_empty(x["k_pe"].flatten(1).shape, dtype=FP8)
+    q, _, _ = mla_prefill_quantize_fp8(**only_prefill({**x, "kv": None}), k_pe_out=k_pe)
+    return q, *mla_kv_proj_quantize_fp8(x["kv_a"], x["kv_weight"], k_pe)
+
+
+def only_prefill(x):
+    """The arguments of mla_prefill_quantize_fp8 among these."""
+    return {name: x[name] for name in x.keys() - {"kv_weight", "q_weight", "q_a"}}
+
+
 def load_peer(folder, name):
     """SGLang 0.5.13's function of this name, from its file in `folder`."""
     spec = importlib.util.spec_from_file_location(f"peer_{name}", f"{folder}/{name}.py")
@@ -140,6 +172,20 @@ def get_providers(operation, peers):
         return {
             "fused": lambda x: mla_prefill_quantize_fp8(**{**x, "kv": None}),
             "bf16": bf16_q_and_cache,
+        }
+    if operation == PROJECT:
+        return {
+            "fused": lambda x: mla_kv_proj_quantize_fp8(
+                x["kv_a"], x["kv_weight"], x["k_pe"]
+            ),
+            "separate": lambda x: mla_kv_pack_quantize_fp8(*k_and_v(projected(x))),
+        }
+    if operation == PROJECT_ALL:
+        return {
+            "fused": prefill_by_gemm,
+            "separate": lambda x: mla_prefill_quantize_fp8(
+                **only_prefill(projected(q_projected(x)))
+            ),
         }
     peer = peers and load_peer(peers, QUANTIZE if operation == PREFILL else operation)
     if operation == PREFILL:
@@ -166,6 +212,19 @@ def get_providers(operation, peers):
     return providers
 
 
+def with_weights(x):
+    """The inputs, with the weights of q_b_proj and kv_b_proj and the input of q_b_proj."""
+    heads, row = x["kv"].shape[1:]
+    x["q_a"] = torch.randn(len(x["q"]), Q_LORA, dtype=BF16, device="cuda")
+    for name, out, lora in (
+        ("q_weight", heads * x["q"].shape[2], Q_LORA),
+        ("kv_weight", heads * row, x["kv_a"].shape[1]),
+    ):
+        weight = torch.randn(out, lora, dtype=BF16, device="cuda")
+        x[name] = weight.mul_(lora**-0.5)
+    return x
+
+
 def make_inputs(dims, tokens, sets=1):
     """Sets of the inputs of a prefill, as the layers of a model have them."""
     inputs = [prefill_inputs(dims, tokens) for _ in range(sets)]
@@ -178,6 +237,8 @@ def make_inputs(dims, tokens, sets=1):
 
 def bytes_moved(operation, dims, tokens):
     heads, nope, rope, v, lora = dims
+    if operation in (PROJECT, PROJECT_ALL):  # as the launch that follows kv_b_proj
+        operation = PACK if operation == PROJECT else PREFILL
     if operation == QUANTIZE:
         return tokens * heads * 3 * v
     pack = tokens * heads * (2 * (nope + v) + nope + rope + v)
@@ -193,10 +254,19 @@ def bytes_moved(operation, dims, tokens):
 def check(operation, provider, function, dims):
     """Raise unless the results are those of the definition."""
     (x,) = make_inputs(dims, tokens=512)
+    exact = x
+    if operation in (PROJECT, PROJECT_ALL):
+        x = with_weights(x)
+        kv = x["kv_a"].double() @ x["kv_weight"].double().T
+        exact = {**q_projected(x), "kv": kv.view(x["kv"].shape)}
     # Before the call, as bf16_prefill rotates in place. Packing does not rotate.
-    whole = operation in (PREFILL, Q_AND_CACHE)
-    wanted = expected_prefill(x if whole else {**x, "cos_sin_cache": None})
-    wanted = {PACK: wanted[1:3], QUANTIZE: [wanted.v]}.get(operation, wanted)
+    whole = operation in (PREFILL, Q_AND_CACHE, PROJECT_ALL)
+    wanted = expected_prefill(exact if whole else {**exact, "cos_sin_cache": None})
+    wanted = {
+        PACK: wanted[1:3],
+        PROJECT: wanted[1:3],
+        QUANTIZE: [wanted.v],
+    }.get(operation, wanted)
     results = function(x)
     if len(results) == 3:
         results = *results, x["kv_cache"][x["cache_loc"]].flatten(1)
@@ -205,7 +275,7 @@ def check(operation, provider, function, dims):
             continue
         difference = fp8_difference(actual, exact)
         # What is rounded to BF16 first is off by a step here and there.
-        enough = difference.within_bounds or provider == "bf16"
+        enough = difference.within_bounds or provider in ("bf16", "separate")
         if difference.max_ulps > 1 or not enough:
             raise AssertionError(f"{operation}, {provider}: {difference}")
 
@@ -219,6 +289,8 @@ def benchmark(operation, heads, tokens, peers, copy):
     for provider, function in get_providers(operation, peers).items():
         check(operation, provider, function, dims)
         inputs = make_inputs(dims, tokens, sets)
+        if operation in (PROJECT, PROJECT_ALL):
+            inputs = [with_weights(x) for x in inputs]
         torch.cuda.synchronize()
         # The list keeps the outputs of a rotation alive: each has memory of its own.
         times[provider], _, _ = run_benchmark(
@@ -226,7 +298,8 @@ def benchmark(operation, heads, tokens, peers, copy):
         )
     us = times.pop("fused")
     row = dict(operation=operation, heads=heads, tokens=tokens, us=us)
-    row.update(gbps=size / us / 1e3, copy_share=size / us / copy)
+    if operation not in (PROJECT, PROJECT_ALL):
+        row.update(gbps=size / us / 1e3, copy_share=size / us / copy)
     return row | {f"vs_{name}": time / us for name, time in times.items()}
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
 SWITCH, PRODUCERS, OFF = "SGLANG_MLA_FP8_PREFILL", ("fused", "composed"), "off"
+GEMM_SWITCH, GEMM_SETTINGS = "SGLANG_MLA_FP8_PREFILL_GEMM", ("auto", "on", "off")
 LSE_SWITCH, LSE_AUTO, LSE_BASES = "SGLANG_MLA_FP8_PREFILL_LSE", "auto", ("2", "e")
 
 # The distributions that the prefill path runs on.
@@ -117,6 +118,7 @@ def _checks(
     imported = check_import(found.target)
     yield imported
     yield check_switch(os.environ)
+    yield check_gemm_switch(os.environ)
     if "trtllm_mla" in backends:
         yield check_lse(os.environ, flashinfer_lse_base())
     yield from check_versions(found.target, backends)
@@ -197,6 +199,14 @@ def check_switch(environ: Mapping[str, str]) -> Check:
     choices = f"{', '.join(PRODUCERS)} or {OFF}"
     text = f"{SWITCH} must be {choices}, got {value!r}: a server would not start"
     return Check(FAIL, "switch", text)
+
+
+def check_gemm_switch(environ: Mapping[str, str]) -> Check:
+    value = environ.get(GEMM_SWITCH, GEMM_SETTINGS[0])
+    if value.lower() in GEMM_SETTINGS:
+        return Check(OK, "kv_b_proj", f"{GEMM_SWITCH} is {value.lower()}")
+    text = f"{GEMM_SWITCH} must be {', '.join(GEMM_SETTINGS)}, got {value!r}"
+    return Check(FAIL, "kv_b_proj", f"{text}: a server would not start")
 
 
 def flashinfer_lse_base() -> str | None:

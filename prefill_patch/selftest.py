@@ -24,6 +24,7 @@ import triton.testing
 from prefill_patch import SOURCE
 from prefill_patch.doctor import (
     FAIL,
+    GEMM_SWITCH,
     LSE_AUTO,
     LSE_SWITCH,
     OK,
@@ -39,9 +40,11 @@ _ATTENTION = "sglang.srt.layers.attention"
 # Where the kernels themselves are depends on the release.
 HOOK = f"{_ATTENTION}.mla_fp8_prefill"
 KERNELS = ("mla_prefill_quantize_fp8", "mla_kv_pack_quantize_fp8", "fp8_quantize")
+GEMM = "mla_kv_proj_quantize_fp8"
 
 # SM numbers. Only these have the backends' attention kernels.
-FP8_CONVERSION, ATTENTION_KERNELS, FA3_KERNELS = 89, (100, 103), (90,)
+FP8_CONVERSION, GEMM_FROM = 89, 90
+ATTENTION_KERNELS, FA3_KERNELS = (100, 103), (90,)
 # Of copy bandwidth: what a kernel is expected to reach, and what shows a fault.
 GOOD_SHARE, BAD_SHARE = 0.9, 0.5
 
@@ -80,7 +83,10 @@ def run(backends: Sequence[str], patched: bool) -> Iterator[Check]:
         yield Check(UNKNOWN, "kernels", "not run without a GPU that converts to FP8")
     else:
         yield attempt("hook", check_hook, backends)
-        yield from check_kernels(load_reference())
+        reference = load_reference()
+        yield from check_kernels(reference)
+        if min(gpu.sm for gpu in gpus) >= GEMM_FROM:
+            yield attempt(GEMM, check_gemm, reference)
         if "trtllm_mla" in backends and runs_attention(gpus):
             yield attempt("log-sum-exp", check_lse_base, os.environ)
 
@@ -253,10 +259,7 @@ def check_bandwidth(reference: ModuleType, name: str, *shape) -> tuple[str, str]
     moved = sum(x.nbytes for x in (*launch.reads, *launch.run()))
     source = torch.ones(moved // 2, dtype=torch.uint8, device=launch.reads[0].device)
     target = torch.empty_like(source)
-    taken, copied = (
-        triton.testing.do_bench(call, return_mode="median")
-        for call in (launch.run, lambda: target.copy_(source))
-    )
+    taken, copied = time_of(launch.run), time_of(lambda: target.copy_(source))
     share = copied / taken
     text = (
         f"{share:.2f} of copy bandwidth, {taken * 1e3:.0f} us; "
@@ -268,6 +271,55 @@ def check_bandwidth(reference: ModuleType, name: str, *shape) -> tuple[str, str]
     if share < GOOD_SHARE:
         text += f". Below the {GOOD_SHARE} expected, but correct"
     return OK, text
+
+
+def check_gemm(
+    reference: ModuleType, tokens: int = 8192, device: str = "cuda"
+) -> tuple[str, str]:
+    """K and V straight out of kv_b_proj against cuBLAS and a launch, for a prefix chunk of
+    DeepSeek-V3 on one GPU and on one of eight."""
+    hook = importlib.import_module(HOOK)
+    dims = reference.MODELS["deepseek-v3"]
+    torch.manual_seed(0)
+    times = []
+    for heads in (dims.heads, dims.heads // 8):
+        kv_a, k_pe, weight = (
+            torch.randn(*shape, device=device).to(torch.bfloat16)
+            for shape in (
+                (tokens, dims.lora),
+                (tokens, 1, dims.rope),
+                (heads * (dims.nope + dims.v), dims.lora),
+            )
+        )
+        weight *= dims.lora**-0.5
+
+        def fused():
+            return getattr(hook, GEMM)(kv_a, weight, k_pe)
+
+        def separate():
+            kv = torch.nn.functional.linear(kv_a, weight).view(tokens, heads, -1)
+            k_nope, v = kv.split([dims.nope, dims.v], dim=-1)
+            return getattr(hook, KERNELS[1])(k_nope, k_pe, v)
+
+        some = slice(-111, None)  # more would take float64's time
+        with reference.nan_memory():
+            k, v = (x[some] for x in fused())
+        kv = (kv_a[some].double() @ weight.double().T).unflatten(1, (heads, -1))
+        k_nope, exact_v = kv.split([dims.nope, dims.v], dim=-1)
+        exact_k = torch.cat([k_nope, k_pe[some].expand(-1, heads, -1)], dim=-1)
+        for name, actual, exact in (("k", k, exact_k), ("v", v, exact_v)):
+            difference = reference.fp8_difference(actual, exact)
+            if not difference.within_bounds:
+                return FAIL, f"{name}: {difference}. Set {GEMM_SWITCH}=off"
+        times += [time_of(separate) / time_of(fused)]
+    text = "{:.2f} times as fast as cuBLAS and a launch with {} heads, {:.2f} with {}"
+    text = text.format(times[0], dims.heads, times[1], dims.heads // 8)
+    faster = "on" if min(times) > 1 else "off"
+    return OK, f"{text}: {GEMM_SWITCH}={faster} is faster here"
+
+
+def time_of(call: Callable[[], Any]) -> float:
+    return triton.testing.do_bench(call, return_mode="median")
 
 
 def attempt(subject: str, check: Callable[..., tuple[str, str]], *args) -> Check:

@@ -172,6 +172,16 @@ def test_switch(value, mark, text):
     assert check.mark == mark and text in check.text
 
 
+@pytest.mark.parametrize(
+    "value, mark, text",
+    [(None, OK, "is auto"), ("ON", OK, "is on"), ("1", FAIL, "would not start")],
+)
+def test_gemm_switch(value, mark, text):
+    environ = {} if value is None else {doctor.GEMM_SWITCH: value}
+    check = doctor.check_gemm_switch(environ)
+    assert check.mark == mark and text in check.text
+
+
 class TestLogSumExp:
     """The static check, and what trtllm_mla finds on the stand-in for its kernel."""
 
@@ -334,7 +344,8 @@ class TestVerdict:
 
     @pytest.fixture(autouse=True)
     def host(self, packages, patched, monkeypatch):
-        for name in (doctor.SWITCH, doctor.LSE_SWITCH, "PYTHONDONTWRITEBYTECODE"):
+        switches = doctor.SWITCH, doctor.LSE_SWITCH, doctor.GEMM_SWITCH
+        for name in (*switches, "PYTHONDONTWRITEBYTECODE"):
             monkeypatch.delenv(name, raising=False)
         self.found = Inspection(open_target(patched), BASE, State.APPLIED, ())
         monkeypatch.setattr(doctor, "inspect", lambda patch, target: self.found)
@@ -574,3 +585,26 @@ class TestKernels:
         assert check.mark == mark and text in check.text
         # Half of: k_nope and v of two heads and k_pe in BF16, then k and v in FP8.
         assert copied == [5 * (2 * (2 * 32 + 16) + 2 * 48) // 2]
+
+    def check_gemm(self, reference) -> Check:
+        small = SimpleNamespace(**vars(reference))
+        dims = reference.MODELS["deepseek-v3"]._replace(heads=8)
+        small.MODELS = {"deepseek-v3": dims}
+        return selftest.attempt("", selftest.check_gemm, small, 5, DEVICE)
+
+    @pytest.mark.parametrize("times, setting", [([3, 2], "on"), ([2, 3], "off")])
+    def test_gemm(self, reference, times, setting, monkeypatch):
+        left = iter([3, 1, *times])
+        monkeypatch.setattr(selftest, "time_of", lambda call: call() and next(left))
+        check = self.check_gemm(reference)
+        assert check.mark == OK and check.text.startswith("3.00 times as fast")
+        assert f"{doctor.GEMM_SWITCH}={setting} is faster here" in check.text
+
+    def test_wrong_gemm(self, reference, monkeypatch):
+        def change(outputs, kwargs):
+            outputs[1][-1, -1, -1] ^= 2
+
+        self.wrap(monkeypatch, selftest.GEMM, change)
+        check = self.check_gemm(reference)
+        assert check.mark == FAIL and check.text.startswith("v: 1 of")
+        assert f"{doctor.GEMM_SWITCH}=off" in check.text

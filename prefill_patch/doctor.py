@@ -31,9 +31,7 @@ LSE_SWITCH, LSE_AUTO, LSE_BASES = "SGLANG_MLA_FP8_PREFILL_LSE", "auto", ("2", "e
 # The distributions that the prefill path runs on.
 PACKAGES = ("torch", "triton", "flashinfer-python", "sglang-kernel", "tokenspeed-mla")
 
-_WITHOUT_GRAPHS = (
-    ", without prefill CUDA graphs unless it has --enforce-piecewise-cuda-graph"
-)
+_WITHOUT_GRAPHS = ", without prefill CUDA graphs unless a flag asks for them"
 
 OK, UNKNOWN, FAIL = "ok", "--", "FAIL"
 # How the self-test ends; a Python that fails ends with 1 or 2.

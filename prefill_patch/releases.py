@@ -85,7 +85,7 @@ RELEASES = (
     Release("0.5.12.post1", graphs_off=True, tests=True),
     Release("0.5.13", _BESIDE_A_HOOK, graphs_off=True),
     Release("0.5.13.post1", _BESIDE_A_HOOK, graphs_off=True),
-    Release("0.5.14", _BESIDE_A_HOOK),
+    Release("0.5.14", _BESIDE_A_HOOK, graphs_off=True),
     Release("0.5.15", _BESIDE_A_HOOK),
     Release("0.5.15.post1", _BESIDE_A_HOOK),
     Release("0.5.16", _BESIDE_A_HOOK),

@@ -11,6 +11,7 @@ an AssertionError, or prints the pools that the kernel would write to.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import os
 import sys
@@ -177,7 +178,7 @@ class Batch:
                 token_to_kv_pool=self.pool,
                 model_config=config,
                 dtype=torch.bfloat16,
-                server_args=SimpleNamespace(),
+                server_args=SimpleNamespace(get_attention_backends=lambda: ["none"]),
             )
         )
 
@@ -437,7 +438,34 @@ def check_pools() -> list[str]:
     return found
 
 
-def main(backends: list[str]) -> None:
+def check_prefill_graphs() -> None:
+    """In the release's own arguments, but where the user has asked for them."""
+
+    def turned_off(**chosen) -> bool:
+        args = server_args.ServerArgs(model_path="dummy", device="cpu", **chosen)
+        if hasattr(args, "enforce_piecewise_cuda_graph"):  # before 0.5.14
+            flag = internals.disable_piecewise_prefill_graphs(args)
+            disabled = args.disable_piecewise_cuda_graph
+        else:
+            from sglang.srt.model_executor import cuda_graph_config
+
+            args._parse_cuda_graph_config()  # not done for this model
+            flag = internals.disable_piecewise_prefill_graphs(args)
+            server_args.set_global_server_args_for_scheduler(args)
+            disabled = cuda_graph_config.check_cuda_graph_backend("prefill", "disabled")
+        assert disabled == (flag is not None)
+        assert internals.disable_piecewise_prefill_graphs(args) is None
+        return disabled
+
+    assert turned_off()
+    names = {field.name for field in dataclasses.fields(server_args.ServerArgs)}
+    if "cuda_graph_backend_prefill" in names:
+        assert not turned_off(cuda_graph_backend_prefill="tc_piecewise")
+    else:
+        assert not turned_off(enforce_piecewise_cuda_graph=True)
+
+
+def main(backends: list[str], graphs_off: str) -> None:
     args = server_args.ServerArgs(model_path="dummy", device="cpu")
     server_args.set_global_server_args_for_scheduler(args)
     # SGLang imports it in the method, from 0.5.20 on, for a CUDA kernel.
@@ -468,8 +496,10 @@ def main(backends: list[str]) -> None:
             check_scales(backend)
             check_decode_scale(backend)
         check_declined(backend)
+    if graphs_off == "graphs off":
+        check_prefill_graphs()
     print(*sorted(check_pools()))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[2:], sys.argv[1])

@@ -38,7 +38,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 1
     backends = [*release.backends.values(), BACKENDS[FA3]]
     try:
-        run_python(lay_out(str(target.root)).patched, "-m", "one_batch", *backends)
+        run_python(lay_out(str(target.root)).patched, "-m", "one_batch", "", *backends)
     except (PatchError, RuntimeError) as error:
         print(error)
         return 1

@@ -98,7 +98,8 @@ def test_one_batch(release, tmp_path):
     tree = shutil.copytree(source, tmp_path / "site", copy_function=link_or_copy)
     assert main(["apply", "--sglang", str(tree)]) == 0
     backends = [*release.backends.values(), BACKENDS[FA3]]
-    pools = run_python(tree, "-m", "one_batch", *backends).split()
+    graphs = "graphs off" if release.graphs_off else ""
+    pools = run_python(tree, "-m", "one_batch", graphs, *backends).split()
     assert "MLATokenToKVPool" in pools and set(pools) <= PLAIN_POOLS
 
 

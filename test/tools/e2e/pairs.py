@@ -147,6 +147,9 @@ def two_gpu_cases() -> list[Case]:
             ),
             Case("data-parallel attention 2", b, more=dp, env=env, hits=False),
         )
+    ] + [
+        fa3_case("tensor parallel 2", env, more=tp),
+        fa3_case("data-parallel attention 2", env, more=dp, hits=False),
     ]
 
 

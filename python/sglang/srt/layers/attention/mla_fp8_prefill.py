@@ -56,6 +56,7 @@ from sglang.srt.layers.attention.mla_fp8_prefill_internals import (
     attention_tp_size,
     attn_backend_of,
     decode_context_parallel,
+    disable_piecewise_prefill_graphs,
     in_cuda_graph,
     kv_pool_of,
     write_loc,
@@ -355,25 +356,20 @@ class MLAFP8PrefillMixin:
         batches from the hook.
 
         In a piecewise graph attention is absorbed and runs on FlashInfer's kernel, which
-        wants the layer's whole KV pool in the model's dtype. The model runner captures
-        after its backends are made. From 0.5.14 on there is no such setting.
+        wants the layer's whole KV pool in the model's dtype.
         """
         server_args = model_runner.server_args
-        if (
-            getattr(server_args, "disable_piecewise_cuda_graph", True)
-            or server_args.enforce_piecewise_cuda_graph
-            or server_args.get_attention_backends()[0] not in GRAPHLESS_BACKENDS
-            or not any(
-                hasattr(module, "forward_normal_prepare")
-                for module in model_runner.model.modules()
-            )
+        if server_args.get_attention_backends()[0] not in GRAPHLESS_BACKENDS or not any(
+            hasattr(module, "forward_normal_prepare")
+            for module in model_runner.model.modules()
         ):
             return
-        server_args.disable_piecewise_cuda_graph = True
-        _log_once(
-            "Prefill CUDA graphs are turned off for FP8 prefill preparation; "
-            "--enforce-piecewise-cuda-graph keeps them"
-        )
+        flag = disable_piecewise_prefill_graphs(server_args)
+        if flag is not None:
+            _log_once(
+                "Prefill CUDA graphs are turned off for FP8 prefill preparation; "
+                f"{flag} keeps them"
+            )
 
     def _decide_lse_base(self) -> Optional[str]:
         """The base of the log-sum-exps that go to a merge, 2 or e; None if it is not

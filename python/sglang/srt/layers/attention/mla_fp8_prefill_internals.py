@@ -6,7 +6,7 @@ Only this file knows: ``mla_fp8_prefill`` is the same for all of them.
 from __future__ import annotations
 
 from inspect import signature
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Optional, Union
 
 import torch
 
@@ -64,6 +64,7 @@ _COUNTS_KEYS = "key_value_num_tokens" in signature(RadixAttention.forward).param
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.server_args import ServerArgs
 
 
 def in_cuda_graph() -> bool:
@@ -75,6 +76,28 @@ def in_cuda_graph() -> bool:
         or is_in_breakable_cuda_graph()
         or is_in_prefill_graph_scope()
     )
+
+
+def disable_piecewise_prefill_graphs(server_args: ServerArgs) -> Optional[str]:
+    """Turn prefill CUDA graphs off where they would be piecewise or breakable by default;
+    returns the flag that keeps them, or None where nothing was turned off.
+
+    The model runner captures after its backends are made.
+    """
+    config = getattr(server_args, "cuda_graph_config", None)
+    if config is not None:  # from 0.5.14 on; breakable ones are off for MLA there
+        chosen = ("prefill", "backend") in server_args._cuda_graph_config_locked
+        if chosen or config.prefill.backend != "tc_piecewise":
+            return None
+        config.prefill.backend = "disabled"
+        return "--cuda-graph-backend-prefill=tc_piecewise"
+    if (
+        getattr(server_args, "disable_piecewise_cuda_graph", True)
+        or server_args.enforce_piecewise_cuda_graph
+    ):
+        return None
+    server_args.disable_piecewise_cuda_graph = True
+    return "--enforce-piecewise-cuda-graph"
 
 
 def decode_context_parallel() -> bool:

@@ -407,7 +407,7 @@ def test_prefill_graphs_are_for_their_section_alone():
 def test_every_pair_has_a_name_of_its_own_and_a_model():
     cases = pairs.one_gpu_cases() + pairs.two_gpu_cases()
     assert len({(case.name, case.backend) for case in cases}) == len(cases)
-    assert {case.backend for case in cases} == {pairs.TOKENSPEED, pairs.TRTLLM}
+    assert {case.backend for case in cases} == {"fa3", pairs.TOKENSPEED, pairs.TRTLLM}
     assert {case.model for case in cases} <= set(models.KINDS)
 
 

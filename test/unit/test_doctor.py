@@ -435,7 +435,7 @@ class TestGpus:
     @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
     def test_selftest_on_this_gpu(self):
         done = command()
-        kernels = [line for line in done.stdout.splitlines() if " heads, " in line]
+        kernels = [x for x in done.stdout.splitlines() if " tokens: " in x]
         exact, timed = kernels[:6], kernels[6:]
         assert len(exact) == 6, done.stdout
         assert all(line.startswith("ok ") for line in exact), done.stdout

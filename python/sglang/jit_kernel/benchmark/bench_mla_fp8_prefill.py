@@ -66,7 +66,9 @@ CASES = [
     *itertools.product([Q_AND_CACHE], [16, 128], TOKENS),
     *itertools.product([PACK], [128], TOKENS),
     (QUANTIZE, 128, 8192),
-    *itertools.product([PROJECT, PROJECT_ALL], [16, 128], [n for n in TOKENS if n >= 512]),
+    *itertools.product(
+        [PROJECT, PROJECT_ALL], [16, 128], [n for n in TOKENS if n >= 512]
+    ),
 ]
 
 

@@ -66,6 +66,12 @@ PREFILL_OPTIONS = [
     dict(kv=None),
     dict(kv=None, k_pe_out=True),
 ]
+PROJECT_OPTIONS = [
+    {},
+    dict(k_pe_in_fp8=True),
+    dict(dtype=torch.float16),
+    dict(scale=0.5),
+]
 
 
 class Job(NamedTuple):
@@ -101,7 +107,7 @@ def jobs() -> list[Job]:
         if full:
             for options in PREFILL_OPTIONS:
                 todo.append(Job(target, "prefill", pdl, options=options))
-            for options in ({}, dict(scale=0.5), dict(dtype=torch.float16)):
+            for options in PROJECT_OPTIONS:
                 todo.append(Job(target, "project", pdl, options=options))
         if pdl:
             todo.append(Job(target, "prefill", pdl=False))
@@ -121,9 +127,10 @@ def call(job: Job) -> None:
     options = dict(job.options)
     fp8_dtype = options.pop("fp8_dtype", torch.float8_e4m3fn)
     scale = options.pop("scale", 1.0)
+    in_fp8 = options.pop("k_pe_in_fp8", False)
     given = {name: options.pop(name) for name in ("kv",) if name in options}
     if options.pop("k_pe_out", False):
-        given["k_pe_out"] = torch.zeros(2, dims.rope)
+        given["k_pe_out"] = torch.zeros(2, dims.rope).to(fp8_dtype)
     x = prefill_inputs(dims, tokens=2, **options)
     x.update({name: x[name].contiguous() for name in ("q", "kv", "kv_a")})
     k_nope, v = x["kv"][..., : dims.nope], x["kv"][..., dims.nope :]
@@ -141,7 +148,7 @@ def call(job: Job) -> None:
         mla_kv_pack_quantize_fp8(k_nope, x["k_pe"], v)
     elif job.operation == "project":
         weight = x["kv_a"].new_empty(dims.heads * 256, dims.lora)
-        k_pe = x["k_pe"].float()
+        k_pe = x["k_pe"].to(fp8_dtype) if in_fp8 else x["k_pe"]
         mla_kv_proj_quantize_fp8(x["kv_a"], weight, k_pe, scale, scale)
     else:
         fp8_quantize(v)

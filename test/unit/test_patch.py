@@ -386,7 +386,7 @@ def test_missing_and_ambiguous_places(run, tree):
     model.write_text(original.replace("import hook", "import x"))
     refused(run, tree, "Model.run: before assign x: uses hook, which nothing defines")
     model.write_text(original + "(\n")
-    refused(run, tree, "python/sglang/srt/model.py: not valid Python on line 7")
+    refused(run, tree, "python/sglang/srt/model.py: not valid Python 3.")
     model.unlink()
     refused(run, tree, "python/sglang/srt/model.py: no such file (SGLang")
     model.mkdir()

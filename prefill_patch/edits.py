@@ -50,6 +50,7 @@ from prefill_patch.source import (
     dotted,
     encode,
     header,
+    needed_and_stored,
     same,
     validate,
 )
@@ -75,10 +76,16 @@ class Edit(ABC):
     def undone(self, source: Source) -> Iterator[Splice]:
         """Every way to take it back from a source that may have been edited."""
 
-    def check(self, result: Source) -> None:
-        """Refuse a result that Python compiles but cannot run."""
-        for name in result.unbound(self.scope, self.loads):
+    def check(self, original: Source, result: Source) -> None:
+        """Refuse a result that Python compiles but cannot run, or that does nothing."""
+        needed, stored = needed_and_stored(self.loads)
+        for name in [
+            *result.unbound(self.scope, needed - stored),
+            *original.unbound(self.scope, needed & stored),
+        ]:
             raise self.error(f"uses {name}, which nothing defines there")
+        for name in result.unused(self.scope, stored):
+            raise self.error(f"sets {name}, which nothing uses there")
 
     def error(self, reason: str) -> PatchError:
         return PatchError(reason, scope=self.scope, place=self.place)
@@ -173,7 +180,7 @@ class Unimport(Edit):
                 at = source.end(stmt.names[-1])
                 yield Splice(at, at, gap + self.name)
 
-    def check(self, result: Source) -> None:
+    def check(self, original: Source, result: Source) -> None:
         for node in ast.walk(result.tree):
             if isinstance(node, ast.Name) and node.id == self.name:
                 raise self.error(f"{self.name} is still used on line {node.lineno}")
@@ -305,9 +312,9 @@ def apply(data: bytes, edits: Sequence[Edit]) -> bytes:
         validate(result)
     except PatchError as error:
         raise PatchError(f"{error.reason}, after the edits") from None
-    source = Source(result)
+    sources = Source(text), Source(result)
     for edit in edits:
-        edit.check(source)
+        edit.check(*sources)
     edited = encode(result, frame)
     try:
         if revert(edited, edits) == data:

@@ -8,9 +8,10 @@ import codecs
 import io
 import re
 import symtable
+import sys
 import tokenize
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import NamedTuple
 
@@ -99,7 +100,8 @@ def _compiled(text: str, flags: int):
             line = getattr(error, "lineno", None)
             where = f" on line {line}" if line else ""
             what = getattr(error, "msg", None) or error
-            raise PatchError(f"not valid Python{where}: {what}") from None
+            python = ".".join(map(str, sys.version_info[:2]))
+            raise PatchError(f"not valid Python {python}{where}: {what}") from None
 
 
 def same(one: ast.AST, other: ast.AST) -> bool:
@@ -137,6 +139,25 @@ def mentions(stmt: ast.stmt) -> set[str]:
             node.arg if isinstance(node, (ast.arg, ast.keyword)) else dotted(node)
         )
     return {name for name in names if name}
+
+
+def needed_and_stored(code: str) -> tuple[set[str], set[str]]:
+    """The names that code loads before it has set them, and those that it sets, but for
+    the variables of comprehensions."""
+    needed, stored = set(), set()
+    stmts = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.stmt)]
+    for stmt in sorted(stmts, key=lambda stmt: (stmt.lineno, stmt.col_offset)):
+        nodes = [node for top in header(stmt) for node in ast.walk(top)]
+        inner = [one.target for one in nodes if isinstance(one, ast.comprehension)]
+        own = {name for target in inner for name in _named(ast.walk(target), ast.Store)}
+        needed |= _named(nodes, ast.Load) - stored - own
+        stored |= _named(nodes, ast.Store) - own
+    return needed, stored
+
+
+def _named(nodes: Iterable[ast.AST], context: type[ast.expr_context]) -> set[str]:
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    return {node.id for node in names if isinstance(node.ctx, context)}
 
 
 def blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
@@ -251,25 +272,29 @@ class Source:
         if self.text.startswith("elif", self.start(stmt)):
             raise PatchError(f"line {first} is an elif, which nothing can stand beside")
 
-    def unbound(self, scope: str, code: str) -> list[str]:
-        """The names that `code`, which is part of a scope, loads and that nothing binds
-        there."""
-        nodes = [one for one in ast.walk(ast.parse(code)) if isinstance(one, ast.Name)]
-        stored = {node.id for node in nodes if isinstance(node.ctx, ast.Store)}
-        table = self._symbols
-        for part in [] if scope == "module" else scope.split("."):
-            inner = table.get_children()
-            table = next(child for child in inner if child.get_name() == part)
+    def unbound(self, scope: str, names: set[str]) -> list[str]:
+        """Those of the names that nothing binds in a scope."""
         bound = {*dir(builtins)} | {
             symbol.get_name()
             for symbol in self._symbols.get_symbols()
             if symbol.is_assigned() or symbol.is_imported()
         }
+        table = self._symbols
+        for part in [] if scope == "module" else scope.split("."):
+            inner = table.get_children()
+            table = next(child for child in inner if child.get_name() == part)
         return [
             name
-            for name in sorted({node.id for node in nodes} - stored - bound)
+            for name in sorted(names - bound)
             if name not in table.get_identifiers() or table.lookup(name).is_global()
         ]
+
+    def unused(self, scope: str, names: set[str]) -> list[str]:
+        """Those of the names set in a function that nothing there loads."""
+        node = self.scope(scope)
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            return []  # they are for others
+        return sorted(names - _named(ast.walk(node), ast.Load))
 
     @cached_property
     def _symbols(self) -> symtable.SymbolTable:

@@ -1,6 +1,7 @@
 """The edits of upstream files: where they go, what is refused, and the way back."""
 
 import random
+import sys
 import textwrap
 
 import pytest
@@ -65,44 +66,44 @@ WRAPPED = MODULE[
 # name -> an edit, and what it puts in the place of which text
 EDITS = {
     "before": (
-        "before Node.run :: for item x\n    u = 1\n\n    v = 2",
+        "before Node.run :: for item x\n    print(1)\n\n    print(2)",
         "        # loop over all\n",
-        "        u = 1\n\n        v = 2\n        # loop over all\n",
+        "        print(1)\n\n        print(2)\n        # loop over all\n",
     ),
     "before+blank": (
-        "before+blank Node.run :: assign a !c\n    u = 1",
+        "before+blank Node.run :: assign a !c\n    print(1)",
         "        a = 1\n",
-        "        u = 1\n\n        a = 1\n",
+        "        print(1)\n\n        a = 1\n",
     ),
     "before a decorated function": (
-        "before Node :: def run\n    u = 1",
+        "before Node :: def run\n    print(1)",
         "    # about run\n",
-        "    u = 1\n    # about run\n",
+        "    print(1)\n    # about run\n",
     ),
     "before, a body that ends in a comment": (
-        "before Node.run :: return\n    u = 1\n    # more",
+        "before Node.run :: return\n    print(1)\n    # more",
         "        return total\n",
-        "        u = 1\n        # more\n        return total\n",
+        "        print(1)\n        # more\n        return total\n",
     ),
     "after": (
-        "after Node.run :: assign total torch.zeros item.shape dtype\n    u = 1",
+        "after Node.run :: assign total torch.zeros item.shape dtype\n    print(1)",
         "dtype=y)  # note\n",
-        "dtype=y)  # note\n                u = 1\n",
+        "dtype=y)  # note\n                print(1)\n",
     ),
     "after a compound statement": (
-        "after Node.run :: for item\n    u = 1",
+        "after Node.run :: for item\n    print(1)",
         'device="cpu")\n',
-        'device="cpu")\n        u = 1\n',
+        'device="cpu")\n        print(1)\n',
     ),
     "after, in a branch of the module": (
-        "after module :: assign extra\n    u = 1",
+        "after module :: assign extra\n    print(1)",
         "    extra = 1\n",
-        "    extra = 1\n    u = 1\n",
+        "    extra = 1\n    print(1)\n",
     ),
     "an inner function": (
-        "before Node.wait.run :: return\n    u = 1",
+        "before Node.wait.run :: return\n    print(1)",
         "            return 1\n",
-        "            u = 1\n            return 1\n",
+        "            print(1)\n            return 1\n",
     ),
     "wrap": (
         "wrap Node.run :: assign c :: assign c\n    if y:\n        b = 2\n    else:",
@@ -245,6 +246,7 @@ def test_lists_and_neighbours(edit_file, before, after):
     assert edited(known + before, edit_file) == known + after
 
 
+VERSION = ".".join(map(str, sys.version_info[:2]))
 BEFORE_X = "before module :: assign x\n    y = 1\n"
 WRAP_X_Y = "wrap module :: assign x :: assign y\n    if 1:\n"
 
@@ -287,12 +289,14 @@ WRAP_X_Y = "wrap module :: assign x :: assign y\n    if 1:\n"
         ("from m import zeta, A, _u\n", "unimport module\n    from m import _u", "could not be taken back exactly"),
         ("x = 1\n", "before module :: assign x\n    y =", "after the edits"),
         ("x = 1\n", "before module :: assign x\n    return", "after the edits"),
-        ("x = (\n", BEFORE_X, "not valid Python on line 1"),
+        ("x = (\n", BEFORE_X, f"not valid Python {VERSION} on line 1"),
         ("x = '\0'\n", BEFORE_X, "not valid Python"),
         ("x = a.b\n", "swap module :: assign x :: a -> 1\nswap module :: assign x :: a.b -> 2", "overlaps another edit"),
         ("x = 1\n", BEFORE_X + BEFORE_X, "overlaps another edit"),
-        ("x = 1\n\ny = 1\n", WRAP_X_Y + "after module :: assign x\n    u = 1", "overlaps another edit"),
+        ("x = 1\n\ny = 1\n", WRAP_X_Y + "after module :: assign x\n    print(1)", "overlaps another edit"),
         ("def f(q):\n    x = 1\n", "before f :: assign x\n    y = [p for p in q if p < k_pe]", "f: before assign x: uses k_pe, which nothing defines there"),
+        ("def f(q):\n    x = q\n", "after f :: assign x\n    k = q\n    r = k, r", "uses r, which nothing"),
+        ("def f(q):\n    x = q\n", "after f :: assign x\n    k = 1", "f: after assign x: sets k, which nothing uses there"),
         ("def f(q):\n    x = 1\n", "swap f :: assign x :: 1 -> missing.y", "uses missing, which nothing"),
         ("x = 1\ny = 1\n", "wrap module :: assign x :: assign y\n    if z:", "uses z, which nothing"),
         ("class C(object): x = 1\n", "base C :: U", "uses U, which nothing"),
@@ -307,8 +311,8 @@ def test_refused(code, edit_file, reason):
 
 
 def test_names_that_the_scope_or_the_module_binds_are_known():
-    code = "from m import g\n\ndef f(q, *, k=1):\n    r, s = q\n    def i():\n        x = 1\n"
-    uses = "y = len(g(q, k, r, s, [w for w in y]))"
+    code = "from m import g\n\ndef f(q, *, k=1):\n    r, s = q\n    def i(k):\n        x = 1\n"
+    uses = "y = len(g(q, k, r, s, [w for w in q]))\n    k = y"
     edited(code, f"before f.i :: assign x\n    {uses}")
 
 
@@ -416,9 +420,9 @@ def test_changes_elsewhere_survive_both_ways():
 @pytest.mark.parametrize(
     "old, new",
     [
-        ("u = 1", "u = 2"),
-        ("        u = 1\n\n        v = 2\n", ""),
-        ("        v = 2\n", "        v = 2\n        w = 3\n"),
+        ("print(1)", "print(2)"),
+        ("        print(1)\n\n        print(2)\n", ""),
+        ("        print(2)\n", "        print(2)\n        print(3)\n"),
         ("for item in x", "for thing in y"),
         ("if y:\n            b = 2", "if y and x:\n            b = 2"),
         ("            c = a, b\n", "            c = a, b\n            d = 1\n"),

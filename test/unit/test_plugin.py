@@ -126,8 +126,13 @@ def test_states(python, sglang):
     patch("status", 2, TWICE)
     assert TWICE in python(sglang, "-c", SWITCH).stderr
     assert starts(**off)
+    hook = sglang / "sglang/srt/layers/attention/mla_fp8_prefill.py"
+    data = hook.read_bytes()
     patch("revert", 0, "reverted")
     assert starts()
+    hook.write_bytes(data)  # as where SGLang was installed anew
+    patch("status", 2, TWICE)
+    assert not starts()
     python.pip("uninstall", "--yes", DISTRIBUTION)
     left = [path.name for path in python.site.iterdir() if "prefill" in path.name]
     assert left == [] and not starts()

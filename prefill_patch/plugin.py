@@ -116,13 +116,13 @@ class _Loader(SourceFileLoader):
 def _sources(target: Target) -> dict[str, tuple[bytes, tuple[edits.Edit, ...]]]:
     """The files of the patch, with the edits to be made, by path relative to the
     package."""
-    release = next(candidates(target.version))
-    patch = Patch.load(release=release)
-    is_there = any(target.file(path).exists() for path in patch.files)
-    if not is_there and digest(target, patch) == release.digest:
-        edited = {path: (target.read(path), todo) for path, todo in patch.edits.items()}
-        return edited | {path: (data, ()) for path, data in patch.files.items()}
-    # Not as the release was published: all of it is looked at before any is edited.
+    for release in candidates(target.version):
+        patch = Patch.load(release=release)
+        is_there = any(target.file(path).exists() for path in patch.files)
+        if digest(target, patch) == release.digest and not is_there:
+            edited = {path: (target.read(path), e) for path, e in patch.edits.items()}
+            return edited | {path: (data, ()) for path, data in patch.files.items()}
+    # Not as a release was published: all of it is looked at before any is edited.
     found = inspect(SOURCE, target)
     for problem in found.problems:
         raise problem

@@ -17,7 +17,7 @@ IMPORTED := apache-tvm-ffi fastapi opentelemetry-api uvicorn xgrammar
 READY := $(if $(VENV),$(VENV)/.ready)
 RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 PIP := $(RUN) -m pip --quiet --disable-pip-version-check
-SOURCES := conftest.py prefill_patch python test
+SOURCES := *.py prefill_patch python test
 BENCH = $(RUN) test/tools/bench.py --sglang $(SGLANG) $(if $(PEERS),--peers $(PEERS))
 
 .PHONY: run test test-releases new-release lint docs compile-check bench bench-check e2e accuracy clean

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from prefill_patch import SOURCE, doctor, install
+from prefill_patch import SOURCE, doctor, install, plugin
 from prefill_patch.errors import PatchError
 from prefill_patch.patch import Inspection, State, inspect
 from prefill_patch.releases import stated
@@ -87,6 +87,8 @@ def run_build(args: argparse.Namespace, source: Path, target: Target) -> int:
 def run_apply(args: argparse.Namespace, source: Path, target: Target) -> int:
     with install.locked(target):
         found = _look(source, target)
+        if plugin.serves(target):
+            raise PatchError(plugin.TWICE)
         diffs = found.diffs(State.ORIGINAL, State.PARTLY)
         files = install.apply(found)
     if not files:
@@ -121,6 +123,11 @@ def run_status(args: argparse.Namespace, source: Path, target: Target) -> int:
     found = _look(source, target)
     for problem in found.problems:
         raise problem
+    if plugin.serves(target):
+        if found.state is not State.ORIGINAL:
+            raise PatchError(plugin.TWICE)
+        _print(f"applied by the plug-in ({_where(target)})")
+        return 0
     if found.state is State.ORIGINAL:
         install.check(target, found.files)
     _print(f"{found.state.value} ({_where(target)})")

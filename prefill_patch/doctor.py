@@ -17,9 +17,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from prefill_patch import plugin
 from prefill_patch.patch import Inspection, State, inspect
 from prefill_patch.releases import BACKENDS, FA3, RELEASES, stated
-from prefill_patch.target import CHECKOUT, Target
+from prefill_patch.target import Target, installed_package, root_of
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -111,7 +112,7 @@ def _checks(
 ) -> Iterator[Check]:
     yield check_release(found)
     yield from check_backends(found, backends)
-    applied = check_patch(found)
+    applied = check_patch(found, plugin.serves(found.target))
     yield applied
     imported = check_import(found.target)
     yield imported
@@ -124,12 +125,6 @@ def _checks(
     yield run_selftest(selftest_command(backends, patched), timeout)
 
 
-def installed_package() -> Path | None:
-    """The folder of the `sglang` that this Python would import, not imported."""
-    spec = importlib.util.find_spec("sglang")
-    return Path(spec.origin).resolve().parent if spec and spec.origin else None
-
-
 def _target_or_installed(given: str) -> str:
     if given != _INSTALLED:
         return given
@@ -139,9 +134,7 @@ def _target_or_installed(given: str) -> str:
             f"{sys.executable} has no sglang package; use the Python that runs the "
             "server, or give --sglang a checkout or a package folder"
         )
-    # Of a checkout the root, which has the tags that give its version.
-    root = package.parents[1]
-    return str(root if root / CHECKOUT == package else package)
+    return str(root_of(package))
 
 
 def check_release(found: Inspection) -> Check:
@@ -162,7 +155,11 @@ def check_backends(found: Inspection, backends: Sequence[str]) -> Iterator[Check
             yield Check(FAIL, "backend", text)
 
 
-def check_patch(found: Inspection) -> Check:
+def check_patch(found: Inspection, by_plugin: bool) -> Check:
+    if by_plugin and found.state in (State.APPLIED, State.PARTLY):
+        return Check(FAIL, "patch", plugin.TWICE)
+    if by_plugin and found.state is State.ORIGINAL:
+        return Check(OK, "patch", "applied by the plug-in as SGLang is imported")
     if found.state is State.APPLIED:
         return Check(OK, "patch", f"applied, {len(found.files)} files")
     if found.state is State.BLOCKED:

@@ -153,7 +153,6 @@ def _inspect(patch: Patch, target: Target, others: dict[str, set[bytes]]) -> Ins
         files += [t for t in tests if not (applied and t.state is State.ORIGINAL)]
     files.sort(key=lambda file: target.path(file.path))
     problems = [file.problem for file in files if file.problem]
-    problems += _missing_modules(patch, target)
     if HOOK not in patch.release.names:
         problems = _upstream_hook(target, files) or problems
     problems += _missing_imports(target, patch)
@@ -162,23 +161,6 @@ def _inspect(patch: Patch, target: Target, others: dict[str, set[bytes]]) -> Ins
     if not problems and len(states) == 1:
         (state,) = states
     return Inspection(target, patch.release, state, tuple(files), tuple(problems))
-
-
-def _missing_modules(patch: Patch, target: Target) -> Iterator[PatchError]:
-    """What the new files that a server runs import of SGLang and the target has not."""
-    for path, code in patch.files.items():
-        if "tests/" in path or "benchmark/" in path:
-            continue
-        for stmt in ast.parse(code).body:
-            if not isinstance(stmt, ast.ImportFrom):
-                continue
-            package, _, module = (stmt.module or "").replace(".", "/").partition("/")
-            known = f"{module}.py" in patch.files or any(
-                target.file(home).exists() for home in (f"{module}.py", module)
-            )
-            if package == "sglang" and not known:
-                reason = f"the patch imports {stmt.module}, which is not there"
-                yield PatchError(reason, file=target.path(path))
 
 
 def _of_other_releases(source: Path, release: Release) -> dict[str, set[bytes]]:

@@ -48,9 +48,11 @@ class Release:
     patch moves with its module. `backends` are the attention backends with the hook that
     need SM100, and `module:Class` of each. `graphs_off` says whether the patch turns
     prefill CUDA graphs off, and `tests` whether a checkout gets the tests for SGLang's CI.
+    `digest` is of the files as published that the patch edits (plugin.py).
     """
 
     version: str
+    digest: str
     names: Mapping[str, str] = field(default_factory=dict)
     backends: Mapping[str, str] = field(default_factory=lambda: _BACKENDS)
     graphs_off: bool = False
@@ -81,21 +83,21 @@ def _by_module(run: str) -> list[str]:
 
 
 RELEASES = (
-    Release("0.5.12", graphs_off=True, tests=True),
-    Release("0.5.12.post1", graphs_off=True, tests=True),
-    Release("0.5.13", _BESIDE_A_HOOK, graphs_off=True),
-    Release("0.5.13.post1", _BESIDE_A_HOOK, graphs_off=True),
-    Release("0.5.14", _BESIDE_A_HOOK, graphs_off=True),
-    Release("0.5.15", _BESIDE_A_HOOK),
-    Release("0.5.15.post1", _BESIDE_A_HOOK),
-    Release("0.5.16", _BESIDE_A_HOOK),
-    Release("0.5.17", _KERNELS_MOVED),
-    Release("0.5.18", _KERNELS_MOVED),
-    Release("0.5.19", _KERNELS_MOVED),
-    Release("0.5.20", _KERNELS_MOVED),
-    Release("0.5.21", _KERNELS_MOVED),
-    Release("0.5.22", _KERNELS_MOVED),
-    Release("0.5.23", _KERNELS_MOVED, _CUTEDSL_BACKENDS),
+    Release("0.5.12", "c22aa5d430f17d58", graphs_off=True, tests=True),
+    Release("0.5.12.post1", "c22aa5d430f17d58", graphs_off=True, tests=True),
+    Release("0.5.13", "b09d35244cec90d0", _BESIDE_A_HOOK, graphs_off=True),
+    Release("0.5.13.post1", "b09d35244cec90d0", _BESIDE_A_HOOK, graphs_off=True),
+    Release("0.5.14", "254453047374a7bd", _BESIDE_A_HOOK, graphs_off=True),
+    Release("0.5.15", "4fbf0b0ef5988ff3", _BESIDE_A_HOOK),
+    Release("0.5.15.post1", "ebd3a00b231c60ba", _BESIDE_A_HOOK),
+    Release("0.5.16", "798125359bebb739", _BESIDE_A_HOOK),
+    Release("0.5.17", "7946584c24b05093", _KERNELS_MOVED),
+    Release("0.5.18", "85a5e5c4b00e2bef", _KERNELS_MOVED),
+    Release("0.5.19", "59b62b05bf11a47a", _KERNELS_MOVED),
+    Release("0.5.20", "20e13b2eb3947acb", _KERNELS_MOVED),
+    Release("0.5.21", "833b0913d62eb0d3", _KERNELS_MOVED),
+    Release("0.5.22", "ee850bb77cc6a1ca", _KERNELS_MOVED),
+    Release("0.5.23", "f54be04177f3ff98", _KERNELS_MOVED, _CUTEDSL_BACKENDS),
 )
 
 # The backends of all of them, which need SM100, and Hopper's, which all of them have.

@@ -57,8 +57,10 @@ class Pattern(NamedTuple):
         return " ".join((self.kind, *self.names))
 
     def fits(self, stmt: ast.stmt) -> bool:
+        if not isinstance(stmt, KINDS[self.kind]):
+            return False
         named = mentions(stmt)
-        return isinstance(stmt, KINDS[self.kind]) and all(
+        return all(
             name[1:] not in named if name.startswith("!") else name in named
             for name in self.names
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import posixpath
 import re
@@ -120,6 +121,20 @@ def _open_target(given: str, allow_release: bool) -> Target:
     # What a file says it is ends up on a terminal.
     version = re.sub(r"[^\w.+!-]", "?", _version(root, package).strip())
     return Target(root, package, version)
+
+
+def installed_package() -> Path | None:
+    """The folder of the `sglang` that this Python would import, not imported."""
+    spec = importlib.util.find_spec("sglang")
+    return Path(spec.origin).resolve().parent if spec and spec.origin else None
+
+
+def root_of(package: str | os.PathLike[str]) -> Path:
+    """What to open for a package folder: of a checkout the root, which has the tags that
+    give its version."""
+    package = Path(package).resolve()
+    root = package.parents[1]
+    return root if root / CHECKOUT == package else package
 
 
 def fetch_release(version: str, cache: Path | None = None) -> Path:

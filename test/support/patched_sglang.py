@@ -46,6 +46,8 @@ def lay_out(sglang: str) -> Trees:
     The folder is named by the content of both sides, so that what is there is right
     and nothing is changed under a process that uses it.
     """
+    # The plug-in, where it is installed, stays out of both.
+    os.environ["SGLANG_PLUGINS"] = "none"
     target = open_target(sglang)
     package = target.root / target.package
     folder = BUILD / _digest(package, SOURCE, Path(cli.__file__).parent)

@@ -18,9 +18,9 @@ sys.path[:0] = [str(HERE.parent / "support"), *map(str, HERE.parents[:2])]
 
 from patched_sglang import lay_out, run_python
 
-from prefill_patch import SOURCE
+from prefill_patch import SOURCE, plugin
 from prefill_patch.errors import PatchError
-from prefill_patch.patch import inspect
+from prefill_patch.patch import Patch, inspect
 from prefill_patch.releases import BACKENDS, FA3
 from prefill_patch.target import open_target
 
@@ -44,7 +44,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 1
     print(
         f"every place is found and one batch is right: add {target.version} to RELEASES "
-        f"with what {release.version} has there, and run `make test-releases`"
+        f"with the digest {plugin.digest(target, Patch.load(release=release))} and what "
+        f"else {release.version} has there, and run `make test-releases`"
     )
     return 0
 

@@ -107,10 +107,12 @@ class TestTarget:
     def test_only_an_applied_patch_is_ok(self, tmp_path):
         target = Target(tmp_path, "sglang", "0.5.12")
         problem = PatchError("already there", file="a.py")
-        found = {
-            state: doctor.check_patch(Inspection(target, BASE, state, (), (problem,)))
-            for state in State
-        }
+
+        def check(state: State, by_plugin: bool) -> Check:
+            found = Inspection(target, BASE, state, (), (problem,))
+            return doctor.check_patch(found, by_plugin)
+
+        found = {state: check(state, by_plugin=False) for state in State}
         assert found.pop(State.APPLIED).mark == OK
         assert {check.mark for check in found.values()} == {FAIL}
         assert found.pop(State.BLOCKED).text.endswith("a.py: already there")
@@ -118,6 +120,9 @@ class TestTarget:
         assert found.pop(State.ORIGINAL).text == f"not applied, {apply} applies it"
         (partly,) = found.values()
         assert partly.text.endswith(f"{apply} finishes it")
+        marks = {state: check(state, by_plugin=True).mark for state in State}
+        assert marks.pop(State.ORIGINAL) == OK
+        assert set(marks.values()) == {FAIL}
 
     def test_another_sglang_is_imported(self, patched, unpatched_sglang):
         assert doctor.check_import(open_target(patched)).mark == OK

@@ -12,11 +12,11 @@ import pytest
 from patch_targets import copy_release, snapshot, unused_imports, write_tree
 from patched_sglang import run_python
 
-from prefill_patch import edits
+from prefill_patch import edits, plugin
 from prefill_patch.cli import main
 from prefill_patch.patch import Patch
 from prefill_patch.releases import BACKENDS, BASE, FA3, RELEASES
-from prefill_patch.target import fetch_release
+from prefill_patch.target import fetch_release, open_target
 
 # `make test` takes these and those where its names change, `make test-releases` all.
 IN_FULL = (BASE.version, RELEASES[-1].version)
@@ -90,17 +90,37 @@ def test_lines_are_formatted_as_upstream_wants_them(release, tmp_path):
 PLAIN_POOLS = {"MLATokenToKVPool", "NSATokenToKVPool", "DSATokenToKVPool"}
 
 
+@pytest.mark.parametrize("way", ["files", "plug-in"])
 @releases(*IN_FULL)
-def test_one_batch(release, tmp_path):
+def test_one_batch(release, way, tmp_path):
     """On the release's own classes, in a process that imports it."""
     source = fetch_release(release.version) / "python"
     # Links where there can be: what the patch replaces is not written through them.
     tree = shutil.copytree(source, tmp_path / "site", copy_function=link_or_copy)
-    assert main(["apply", "--sglang", str(tree)]) == 0
     backends = [*release.backends.values(), BACKENDS[FA3]]
     graphs = "graphs off" if release.graphs_off else ""
-    pools = run_python(tree, "-m", "one_batch", graphs, *backends).split()
+    if way == "files":
+        assert main(["apply", "--sglang", str(tree)]) == 0
+        run = ["-m", "one_batch", graphs, *backends]
+    else:
+        call = f"one_batch.main({backends}, {graphs!r})"
+        run = ["-c", f"{AS_PLUGIN}; import one_batch; {call}"]
+    pools = run_python(tree, *run).split()
     assert "MLATokenToKVPool" in pools and set(pools) <= PLAIN_POOLS
+
+
+# As the .pth file does it.
+AS_PLUGIN = "import os, sglang_mla_fp8_prefill; del os.environ['SGLANG_PLUGINS']"
+
+
+@releases(*IN_FULL)
+def test_files_as_published(release):
+    """The plug-in knows them, and edits them as `apply` does."""
+    patch, target = Patch.load(release=release), open_target(release.version)
+    assert plugin.digest(target, patch) == release.digest
+    for path, todo in patch.edits.items():
+        data = target.read(path)
+        assert edits.apply_tested(data, todo) == edits.apply(data, todo)
 
 
 def link_or_copy(source: str, target: str) -> None:

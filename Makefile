@@ -26,12 +26,14 @@ BENCH = $(RUN) test/tools/bench.py --sglang $(SGLANG) $(if $(PEERS),--peers $(PE
 run: $(READY)
 	@$(RUN) test/tools/demo.py --sglang $(SGLANG)
 
+# The tests; fetches the attention kernels of one release, 120 MB.
 test: $(READY)
 	$(RUN) -m pytest -n $(JOBS) --cov --cov-report=term --sglang=$(SGLANG)
 
-# What depends on the release, on all of them; fetches their wheels, 10 MB each.
+# What depends on the release, on all of them; fetches their wheels, 10 MB each, and those
+# of the attention kernels that they pin, 320 MB.
 test-releases: $(READY)
-	$(RUN) -m pytest -n $(JOBS) --every-release test/unit/test_releases.py
+	$(RUN) -m pytest -n $(JOBS) --every-release test/unit/test_releases.py test/unit/test_real_kernel.py
 
 # Try the patch on a release that it does not know, and print what breaks.
 new-release: $(READY)

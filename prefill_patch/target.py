@@ -137,11 +137,15 @@ def root_of(package: str | os.PathLike[str]) -> Path:
     return root if root / CHECKOUT == package else package
 
 
+def cache_folder() -> Path:
+    """Where what comes from the package index is kept."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "sglang-fp8-prefill"
+
+
 def fetch_release(version: str, cache: Path | None = None) -> Path:
     """A release from the package index, laid out as a checkout in a cache folder."""
-    if cache is None:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        cache = Path(base) / "sglang-fp8-prefill"
+    cache = cache or cache_folder()
     folder = cache / f"sglang-{version}"
     if folder.is_dir():
         return folder

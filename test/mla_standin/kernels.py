@@ -181,7 +181,11 @@ def _require(holds: bool, otherwise: str) -> None:
 
 
 def _check_operands(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head_dims: Sequence[tuple]
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    head_dims: Sequence[tuple],
+    packed: Sequence[str],
 ) -> None:
     # It reads all as q's type: other bytes would pass for it.
     dtypes = f"{q.dtype}, {k.dtype}, {v.dtype}"
@@ -198,6 +202,8 @@ def _check_operands(
         even = SETTINGS.any_head_dim or not any(step % 16 for step in steps)
         aligned = even and x.data_ptr() % 16 == 0
         _require(aligned, f"{label} at {x.data_ptr():#x}, strides {strides}")
+        dense = label not in packed or x.is_contiguous()
+        _require(dense, f"{label} with strides {strides}: packed")
     fit = k.shape[:2] == v.shape[:2] and q.shape[1:] == k.shape[1:]
     shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
     _require(fit, f"query, key and value of shapes {shapes}")
@@ -226,6 +232,7 @@ def _prefill(
     cum_seq_lens_kv: torch.Tensor,
     *,
     head_dims: Sequence[tuple],
+    packed: Sequence[str] = (),
     batch_size: int,
     max_q: int,
     max_kv: int,
@@ -236,9 +243,14 @@ def _prefill(
     out: Optional[torch.Tensor] = None,
 ) -> Optional[tuple[torch.Tensor, torch.Tensor]]:
     """Records, checks and computes one call of a prefill kernel: output and natural
-    log-sum-exp of the real rows, or None where nothing is to be computed."""
+    log-sum-exp of the real rows, or None where nothing is to be computed.
+
+    `packed` has those of query, key and value whose strides the kernel does not ask for.
+    """
     if not SETTINGS.compute:
         return None
+    sizes = len(cum_seq_lens_q), len(cum_seq_lens_kv)
+    _require(sizes[0] == sizes[1], f"cumulated lengths of {sizes} values")
     # One wait for the device, for all of what has to be known here.
     cu_q, cu_kv = torch.stack([cum_seq_lens_q, cum_seq_lens_kv]).tolist()
     n, n_kv = cu_q[-1], cu_kv[-1]
@@ -268,7 +280,7 @@ def _prefill(
                 arguments={"out": out},
             )
         )
-    _check_operands(q, k, v, head_dims)
+    _check_operands(q, k, v, head_dims, packed)
     _check_lens("cum_seq_lens_q", cu_q, len(q), batch_size, max_q)
     _check_lens("cum_seq_lens_kv", cu_kv, len(k), batch_size, max_kv)
     RECORD.count_nan(q=q[:n], k=k[:n_kv], v=v[:n_kv])
@@ -321,6 +333,7 @@ def tokenspeed_mla_prefill(
             cum_seq_lens_q,
             cum_seq_lens,
             head_dims=[(192, 128)],
+            packed=("query", "key", "value"),
             batch_size=batch_size,
             max_q=max_seq_len_q,
             max_kv=max_seq_len,
@@ -382,6 +395,7 @@ def trtllm_ragged_attention_deepseek(
             cum_seq_lens_q,
             cum_seq_lens_kv,
             head_dims=[(192, 128), (128, 128)],
+            packed=("query",),
             batch_size=batch_size,
             max_q=max_q_len,
             max_kv=max_kv_len,

@@ -286,10 +286,10 @@ class _BatchDecision(NamedTuple):
 class MLAFP8PrefillMixin:
     """Gives an MLA backend with FP8 prefill kernels the hook of this module.
 
-    The backend provides ``data_type``, ``q_data_type``, the model's dimensions and
-    ``scaling``, ``forward_prefill_metadata`` and ``_run_prefill_kernel``, which is handed
-    FP8 operands of taken batches and operands in the model's dtype of declined ones. A
-    subclass whose kernel takes no FP8 sets ``prepare_prefill_qkv = None``.
+    The backend provides ``data_type``, ``q_data_type``, the model's dimensions,
+    ``forward_prefill_metadata`` and ``_run_prefill_kernel``, which is handed FP8 operands
+    of taken batches and operands in the model's dtype of declined ones. A subclass whose
+    kernel takes no FP8 sets ``prepare_prefill_qkv = None``.
     """
 
     # Whether the kernel attends to prefix and new tokens in one call (mha_one_shot).
@@ -407,7 +407,7 @@ class MLAFP8PrefillMixin:
     def find_lse_base(self) -> str:
         """The base of the log-sum-exps that ``_run_prefill_kernel`` returns, 2 or e.
 
-        To queries of zero all keys are alike, whatever the scales: the log-sum-exp is
+        To queries of zero all keys are alike, whatever the scaling: the log-sum-exp is
         the logarithm of the number of keys seen, i + 1 in row i of causal attention.
 
         Raises:
@@ -427,7 +427,7 @@ class MLAFP8PrefillMixin:
                 q=q,
                 k=k,
                 v=v,
-                layer=SimpleNamespace(scaling=self.scaling),
+                layer=SimpleNamespace(scaling=1.0),
                 batch_size=1,
                 cum_seq_lens_q=cum_seq_lens,
                 max_q_len=n,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import enum
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -115,8 +117,8 @@ class Inspection:
 def inspect(source: Path, target: Target) -> Inspection:
     """Find out what of the patch a target has; nothing is written.
 
-    The target is taken for the likeliest release for which every place is found, else
-    for the one of whose patch it has most.
+    The target is taken for the likeliest release for which every place is found and every
+    import, else for the one of whose patch it has most, and then lacks least.
     """
     tried = []
     for release in candidates(target.version):
@@ -125,7 +127,13 @@ def inspect(source: Path, target: Target) -> Inspection:
         if not found.problems:
             return found
         tried.append(found)
-    return max(tried, key=lambda found: found.states().count(State.APPLIED))
+    return max(
+        tried,
+        key=lambda found: (
+            found.states().count(State.APPLIED),
+            -len(found.problems),
+        ),
+    )
 
 
 def _inspect(patch: Patch, target: Target, others: dict[str, set[bytes]]) -> Inspection:
@@ -147,6 +155,7 @@ def _inspect(patch: Patch, target: Target, others: dict[str, set[bytes]]) -> Ins
     problems = [file.problem for file in files if file.problem]
     if HOOK not in patch.release.names:
         problems = _upstream_hook(target, files) or problems
+    problems += _missing_imports(target, patch)
     states = {file.state for file in files}
     state = State.BLOCKED if problems else State.PARTLY
     if not problems and len(states) == 1:
@@ -227,6 +236,44 @@ def _upstream_hook(target: Target, files: list[File]) -> list[PatchError]:
         and (file.foreign or file.state is State.ORIGINAL)
         and HOOK.encode() in (file.current or b"")
     ]
+
+
+def _missing_imports(target: Target, patch: Patch) -> list[PatchError]:
+    """What a server that imports the patch's files would not find."""
+    problems = []
+    for path, data in patch.files.items():
+        if {"tests", "benchmark"} & {*PurePosixPath(path).parts}:
+            continue
+        for stmt in ast.parse(data).body:
+            branches = [[stmt]]
+            if isinstance(stmt, ast.Try):
+                branches = [stmt.body, *(handler.body for handler in stmt.handlers)]
+            lacks = [_lacks(target, patch, branch) for branch in branches]
+            if all(lacks):
+                reason = f"it imports {lacks[0]}, which is not there"
+                problems.append(PatchError(reason, file=target.path(path)))
+    return problems
+
+
+def _lacks(target: Target, patch: Patch, block: list[ast.stmt]) -> str | None:
+    """A module or name of SGLang that a block imports and that is not there."""
+    for stmt in block:
+        if not isinstance(stmt, ast.ImportFrom) or not stmt.module.startswith(
+            "sglang."
+        ):
+            continue
+        module = stmt.module.removeprefix("sglang.").replace(".", "/")
+        files = [f"{module}.py", f"{module}/__init__.py"]
+        code = [patch.files[file] for file in files if file in patch.files]
+        code += [target.file(f).read_bytes() for f in files if target.file(f).is_file()]
+        if not code and not target.file(module).is_dir():
+            return stmt.module
+        for name in (alias.name for alias in stmt.names):
+            named = rf"\b{name}\b|\bimport \*".encode()
+            submodule = target.file(f"{module}/{name}.py").is_file()
+            if not submodule and not any(re.search(named, one) for one in code):
+                return f"{stmt.module}.{name}"
+    return None
 
 
 def _files(folder: Path) -> Iterator[Path]:

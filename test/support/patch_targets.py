@@ -13,13 +13,22 @@ from prefill_patch.patch import Patch
 from prefill_patch.releases import RELEASES
 from prefill_patch.target import fetch_release
 
-# What the patch touches, what tells the version, and neighbours of both.
+# What the patch touches or imports, what tells the version, and neighbours of both.
 _PARTS = (
     "_version.py",
     "version.py",
     "jit_kernel/*.py",
+    "jit_kernel/utils/*.py",
+    "kernels/jit/**/*.py",
     "kernels/ops/*.py",
+    "srt/*.py",
+    "srt/compilation/*.py",
+    "srt/distributed/*.py",
     "srt/layers/attention/*.py",
+    "srt/layers/rotary_embedding/*.py",
+    "srt/mem_cache/*.py",
+    "srt/model_executor/**/*.py",
+    "srt/utils/*.py",
 )
 
 

@@ -393,6 +393,23 @@ def test_missing_and_ambiguous_places(run, tree):
     refused(run, tree, "python/sglang/srt/model.py: not a regular file")
 
 
+def test_what_new_files_import_is_there(run, mirror, tree):
+    srt, name = tree / "python/sglang/srt", "sglang.jit_kernel.utils"
+    code = f"from {name} import cached\n"
+    write_tree(mirror, {"srt/extra.py": code})
+    refused(run, tree, f"srt/extra.py: it imports {name}, which is not there (SGLang")
+    utils = write_tree(srt.parent / "jit_kernel", {"utils.py": "cache = 1\n"})
+    refused(run, tree, f"srt/extra.py: it imports {name}.cached, which is not there")
+    code = f"try:\n    from sglang.srt import x\nexcept ImportError:\n    {code}"
+    write_tree(mirror, {"srt/extra.py": code})
+    refused(run, tree, "srt/extra.py: it imports sglang.srt.x, which is not there")
+    write_tree(utils, {"utils.py": "cached = 1\n"})
+    assert run("status", tree)[0] == 1
+    # Newer releases have it elsewhere.
+    (srt.parent / "_version.py").unlink()
+    assert "taken for 0.5.16, by its structure" in run("apply", tree)[2]
+
+
 def test_a_new_file_is_there_with_other_content(run, tree):
     extra = tree / "python/sglang/srt/extra.py"
     extra.write_text("x = 2\n")

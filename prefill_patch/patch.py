@@ -46,7 +46,9 @@ class Patch:
                         code, path, release.version
                     )
                 else:
-                    new[release.path(path)] = code.encode()
+                    where = release.path(path)
+                    into = tests if where.startswith("..") else new
+                    into[where] = code.encode()
                     new |= _packages(path, release)
             for name in TESTS if release.tests else ():
                 for file in _files(root / "test" / name):
@@ -164,14 +166,13 @@ def _inspect(
     source: Path, target: Target, release: Release, earlier: Patch | None = None
 ) -> Inspection:
     patch = Patch.load(source, release)
-    others = _of_other_releases(source, release)
+    others = _of_other_releases(source, release, target)
     tests = patch.tests if target.package == CHECKOUT else {}
     todo = {path: (wanted, ()) for path, wanted in patch.edits.items()}
     if earlier is not None:
         for path, done in earlier.edits.items():
             todo[path] = patch.edits.get(path, ()), done
-        added = earlier.files | (earlier.tests if target.package == CHECKOUT else {})
-        for path, data in added.items():
+        for path, data in _added(earlier, target).items():
             others.setdefault(path, set()).add(data)
     files = [_edited(target, path, *both) for path, both in todo.items()]
     files = [f for f in files if f.path in patch.edits or f.state is State.PARTLY]
@@ -200,12 +201,23 @@ def _inspect(
     return Inspection(target, patch.release, state, tuple(files), tuple(problems))
 
 
-def _of_other_releases(source: Path, release: Release) -> dict[str, set[bytes]]:
-    """What the patch adds to releases that have its files by other names, by path."""
-    kinds = {id(one.names): one for one in RELEASES if one.names != release.names}
+def _added(patch: Patch, target: Target) -> dict[str, bytes]:
+    """The files that it adds to a target."""
+    return patch.files | (patch.tests if target.package == CHECKOUT else {})
+
+
+def _of_other_releases(
+    source: Path, release: Release, target: Target
+) -> dict[str, set[bytes]]:
+    """What the patch adds to releases that have its files elsewhere, by path."""
+    kinds = {
+        (id(one.names), id(one.kernel_tests)): one
+        for one in RELEASES
+        if (one.names, one.kernel_tests) != (release.names, release.kernel_tests)
+    }
     found: dict[str, set[bytes]] = {}
     for one in kinds.values():
-        for path, data in Patch.load(source, one).files.items():
+        for path, data in _added(Patch.load(source, one), target).items():
             found.setdefault(path, set()).add(data)
     return found
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from prefill_patch import SOURCE, TESTS, edits
+from prefill_patch import SOURCE, TESTS, edits, history
 from prefill_patch.diff import FileDiff, file_diff
 from prefill_patch.errors import PatchError
 from prefill_patch.releases import BASE, RELEASES, Release, candidates
@@ -46,7 +46,9 @@ class Patch:
                         code, path, release.version
                     )
                 else:
-                    new[release.path(path)] = code.encode()
+                    where = release.path(path)
+                    into = tests if where.startswith("..") else new
+                    into[where] = code.encode()
                     new |= _packages(path, release)
             for name in TESTS if release.tests else ():
                 for file in _files(root / "test" / name):
@@ -75,8 +77,9 @@ class State(enum.Enum):
 @dataclass(frozen=True)
 class File:
     """One file of the patch in a target: its bytes as they are, without the patch and
-    with it (None: no such file), and what is wrong with it. PARTLY is what the patch
-    adds to another release, left by an update of SGLang."""
+    with it (None: no such file), and what is wrong with it. PARTLY is what an update of
+    SGLang or of this project left: of the patch for another release, or an earlier one.
+    """
 
     path: str  # relative to SGLang's package
     new: bool
@@ -120,37 +123,72 @@ def inspect(source: Path, target: Target) -> Inspection:
     The target is taken for the likeliest release for which every place is found and every
     import, else for the one of whose patch it has most, and then lacks least.
     """
+    found = _inspect_as_likeliest(source, target)
+    ours = [file for file in found.files if file.current and not file.foreign]
+    if found.state is State.PARTLY or any(file.problem for file in ours):
+        for earlier in _earlier(source, found):
+            other = _inspect(source, target, found.release, earlier)
+            unpatched = other.states().count(State.ORIGINAL)
+            if not other.problems and (
+                found.problems or unpatched < found.states().count(State.ORIGINAL)
+            ):
+                return other
+    return found
+
+
+def _inspect_as_likeliest(source: Path, target: Target) -> Inspection:
     tried = []
     for release in candidates(target.version):
-        patch = Patch.load(source, release)
-        found = _inspect(patch, target, _of_other_releases(source, release))
+        found = _inspect(source, target, release)
         if not found.problems:
             return found
         tried.append(found)
-    return max(
-        tried,
-        key=lambda found: (
-            found.states().count(State.APPLIED),
-            -len(found.problems),
-        ),
-    )
+
+    def fit(found: Inspection) -> tuple[int, int]:
+        return found.states().count(State.APPLIED), -len(found.problems)
+
+    return max(tried, key=fit)
 
 
-def _inspect(patch: Patch, target: Target, others: dict[str, set[bytes]]) -> Inspection:
-    files = [_edited(target, path, todo) for path, todo in patch.edits.items()]
+def _earlier(source: Path, found: Inspection) -> Iterator[Patch]:
+    """Earlier states of the patch that have every new file that it has otherwise."""
+    others = {f.path: f.current for f in found.files if f.new and f.problem}
+    for folder in history.states(source):
+        try:
+            patch = Patch.load(folder, found.release)
+        except PatchError:
+            continue  # its edit files are for the builder of then
+        if others.items() <= (patch.files | patch.tests).items():
+            yield patch
+
+
+def _inspect(
+    source: Path, target: Target, release: Release, earlier: Patch | None = None
+) -> Inspection:
+    patch = Patch.load(source, release)
+    others = _of_other_releases(source, release, target)
+    tests = patch.tests if target.package == CHECKOUT else {}
+    todo = {path: (wanted, ()) for path, wanted in patch.edits.items()}
+    if earlier is not None:
+        for path, done in earlier.edits.items():
+            todo[path] = patch.edits.get(path, ()), done
+        for path, data in _added(earlier, target).items():
+            others.setdefault(path, set()).add(data)
+    files = [_edited(target, path, *both) for path, both in todo.items()]
+    files = [f for f in files if f.path in patch.edits or f.state is State.PARTLY]
     files += [
         _new(target, path, data, others.get(path, set()))
         for path, data in patch.files.items()
     ]
-    for path in others.keys() - patch.files.keys() - patch.edits.keys():
+    for path in others.keys() - patch.files.keys() - patch.edits.keys() - tests.keys():
         left = _new(target, path, None, others[path])
         files += [left] if left.state is State.PARTLY else []
-    if target.package == CHECKOUT:
-        applied = {file.state for file in files} == {State.APPLIED}
-        tests = [_new(target, path, data, set()) for path, data in patch.tests.items()]
+    applied = {file.state for file in files} == {State.APPLIED}
+    for path, data in tests.items():
+        test = _new(target, path, data, others.get(path, set()))
         # No server depends on them: without them the patch is applied nonetheless, as
         # after it was applied to the package folder inside a checkout.
-        files += [t for t in tests if not (applied and t.state is State.ORIGINAL)]
+        files += [] if applied and test.state is State.ORIGINAL else [test]
     files.sort(key=lambda file: target.path(file.path))
     problems = [file.problem for file in files if file.problem]
     if HOOK not in patch.release.names:
@@ -163,12 +201,23 @@ def _inspect(patch: Patch, target: Target, others: dict[str, set[bytes]]) -> Ins
     return Inspection(target, patch.release, state, tuple(files), tuple(problems))
 
 
-def _of_other_releases(source: Path, release: Release) -> dict[str, set[bytes]]:
-    """What the patch adds to releases that have its files by other names, by path."""
-    kinds = {id(one.names): one for one in RELEASES if one.names != release.names}
+def _added(patch: Patch, target: Target) -> dict[str, bytes]:
+    """The files that it adds to a target."""
+    return patch.files | (patch.tests if target.package == CHECKOUT else {})
+
+
+def _of_other_releases(
+    source: Path, release: Release, target: Target
+) -> dict[str, set[bytes]]:
+    """What the patch adds to releases that have its files elsewhere, by path."""
+    kinds = {
+        (id(one.names), id(one.kernel_tests)): one
+        for one in RELEASES
+        if (one.names, one.kernel_tests) != (release.names, release.kernel_tests)
+    }
     found: dict[str, set[bytes]] = {}
     for one in kinds.values():
-        for path, data in Patch.load(source, one).files.items():
+        for path, data in _added(Patch.load(source, one), target).items():
             found.setdefault(path, set()).add(data)
     return found
 
@@ -185,7 +234,12 @@ def _packages(path: str, release: Release) -> dict[str, bytes]:
     }
 
 
-def _edited(target: Target, path: str, todo: tuple[edits.Edit, ...]) -> File:
+def _edited(
+    target: Target,
+    path: str,
+    todo: tuple[edits.Edit, ...],
+    earlier: tuple[edits.Edit, ...],
+) -> File:
     shown = target.path(path)
     try:
         current = target.read(path)
@@ -193,11 +247,17 @@ def _edited(target: Target, path: str, todo: tuple[edits.Edit, ...]) -> File:
             raise PatchError("no such file", file=shown)
     except PatchError as error:
         return File(path, False, State.BLOCKED, problem=error)
-    try:
-        original = edits.revert(current, todo)
-        return File(path, False, State.APPLIED, current, original, current)
-    except PatchError as error:
-        lost = error
+    lost = PatchError("not edited")
+    # Edits that are some of the others are found in what those have left, too.
+    ways = [(State.APPLIED, todo)] if todo else []
+    ways += [(State.PARTLY, earlier)] if earlier else []
+    for state, done in sorted(ways, key=lambda way: -len(way[1])):
+        try:
+            original = edits.revert(current, done)
+            patched = current if done is todo else edits.apply(original, todo)
+            return File(path, False, state, current, original, patched)
+        except PatchError as error:
+            lost = error
     if edits.has_marks(current, todo):
         reason = f"partly edited, or changed since: {lost.reason}; {_OTHER_VERSION}"
         problem = PatchError(reason, file=shown, scope=lost.scope, place=lost.place)

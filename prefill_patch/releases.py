@@ -21,12 +21,33 @@ _BESIDE_A_HOOK = {
     "sglang.jit_kernel.benchmark.utils": "sglang.jit_kernel.benchmark.utils",
     "sglang.jit_kernel.rope": "sglang.jit_kernel.rope",
     "sglang.jit_kernel.utils": "sglang.jit_kernel.utils",
+    "stage-b-kernel-unit-1-gpu-large": "base-b-kernel-unit-1-gpu-large",
+    "stage-b-kernel-benchmark-1-gpu-large": "base-b-kernel-benchmark-1-gpu-large",
 }
-_KERNELS_MOVED = _BESIDE_A_HOOK | {
+_SUITES_RENAMED = _BESIDE_A_HOOK | {
+    "stage-b-kernel-unit-1-gpu-large": "base-b-kernel-unit-test-1-gpu-large",
+    "stage-b-kernel-benchmark-1-gpu-large": "base-b-kernel-benchmark-test-1-gpu-large",
+}
+_KERNELS_MOVED = _SUITES_RENAMED | {
     "sglang.jit_kernel": "sglang.kernels.ops.mla_fp8",
     "sglang.jit_kernel.benchmark.utils": "sglang.kernels.jit.benchmark.utils",
     "sglang.jit_kernel.rope": "sglang.kernels.ops.attention.rope",
     "sglang.jit_kernel.utils": "sglang.kernels.jit.utils",
+}
+
+# Where SGLang's CI takes test_*.py and bench_*.py of kernels from, where that is not
+# beside them; relative to its package.
+_BESIDE_OTHERS = {
+    "test": "jit_kernel/tests/mla_fp8",
+    "bench": "jit_kernel/benchmark/mla_fp8",
+}
+_IN_REGISTERED = {
+    "test": "../../test/registered/jit/mla_fp8",
+    "bench": "../../test/registered/jit/benchmark/mla_fp8",
+}
+_IN_REGISTERED_KERNELS = {
+    "test": "../../test/registered/kernels/ops/mla_fp8",
+    "bench": "../../test/registered/kernels/benchmark/mla_fp8",
 }
 
 _BACKENDS = {
@@ -47,13 +68,15 @@ class Release:
     `names` are dotted names of the patch's sources and what they are here; a file of the
     patch moves with its module. `backends` are the attention backends with the hook that
     need SM100, and `module:Class` of each. `graphs_off` says whether the patch turns
-    prefill CUDA graphs off, and `tests` whether a checkout gets the tests for SGLang's CI.
+    prefill CUDA graphs off. `kernel_tests` is where the kernels' own tests go, and `tests`
+    says whether a checkout gets the tests of servers for SGLang's CI.
     `digest` is of the files as published that the patch edits (plugin.py).
     """
 
     version: str
     digest: str
     names: Mapping[str, str] = field(default_factory=dict)
+    kernel_tests: Mapping[str, str] = field(default_factory=dict)
     backends: Mapping[str, str] = field(default_factory=lambda: _BACKENDS)
     graphs_off: bool = False
     tests: bool = False
@@ -69,6 +92,10 @@ class Release:
 
     def path(self, path: str) -> str:
         """Where a file of the patch goes, relative to SGLang's package."""
+        name = path.rpartition("/")[2]
+        folder = self.kernel_tests.get(name.partition("_")[0])
+        if folder:
+            return f"{folder}/{name}"
         module, dot, suffix = path.replace("/", ".").rpartition(".")
         renamed = self.renamed(f"sglang.{module}").removeprefix("sglang.")
         return renamed.replace(".", "/") + dot + suffix
@@ -85,19 +112,19 @@ def _by_module(run: str) -> list[str]:
 RELEASES = (
     Release("0.5.12", "c22aa5d430f17d58", graphs_off=True, tests=True),
     Release("0.5.12.post1", "c22aa5d430f17d58", graphs_off=True, tests=True),
-    Release("0.5.13", "b09d35244cec90d0", _BESIDE_A_HOOK, graphs_off=True),
-    Release("0.5.13.post1", "b09d35244cec90d0", _BESIDE_A_HOOK, graphs_off=True),
-    Release("0.5.14", "254453047374a7bd", _BESIDE_A_HOOK, graphs_off=True),
-    Release("0.5.15", "4fbf0b0ef5988ff3", _BESIDE_A_HOOK),
-    Release("0.5.15.post1", "ebd3a00b231c60ba", _BESIDE_A_HOOK),
-    Release("0.5.16", "798125359bebb739", _BESIDE_A_HOOK),
-    Release("0.5.17", "7946584c24b05093", _KERNELS_MOVED),
-    Release("0.5.18", "85a5e5c4b00e2bef", _KERNELS_MOVED),
-    Release("0.5.19", "59b62b05bf11a47a", _KERNELS_MOVED),
-    Release("0.5.20", "20e13b2eb3947acb", _KERNELS_MOVED),
-    Release("0.5.21", "833b0913d62eb0d3", _KERNELS_MOVED),
-    Release("0.5.22", "ee850bb77cc6a1ca", _KERNELS_MOVED),
-    Release("0.5.23", "f54be04177f3ff98", _KERNELS_MOVED, _CUTEDSL_BACKENDS),
+    Release("0.5.13", "b09d35244cec90d0", _BESIDE_A_HOOK, _BESIDE_OTHERS, graphs_off=True),
+    Release("0.5.13.post1", "b09d35244cec90d0", _BESIDE_A_HOOK, _BESIDE_OTHERS, graphs_off=True),
+    Release("0.5.14", "254453047374a7bd", _BESIDE_A_HOOK, _IN_REGISTERED, graphs_off=True),
+    Release("0.5.15", "4fbf0b0ef5988ff3", _SUITES_RENAMED, _IN_REGISTERED),
+    Release("0.5.15.post1", "ebd3a00b231c60ba", _SUITES_RENAMED, _IN_REGISTERED),
+    Release("0.5.16", "798125359bebb739", _SUITES_RENAMED, _IN_REGISTERED),
+    Release("0.5.17", "7946584c24b05093", _KERNELS_MOVED, _IN_REGISTERED_KERNELS),
+    Release("0.5.18", "85a5e5c4b00e2bef", _KERNELS_MOVED, _IN_REGISTERED_KERNELS),
+    Release("0.5.19", "59b62b05bf11a47a", _KERNELS_MOVED, _IN_REGISTERED_KERNELS),
+    Release("0.5.20", "20e13b2eb3947acb", _KERNELS_MOVED, _IN_REGISTERED_KERNELS),
+    Release("0.5.21", "833b0913d62eb0d3", _KERNELS_MOVED, _IN_REGISTERED_KERNELS),
+    Release("0.5.22", "ee850bb77cc6a1ca", _KERNELS_MOVED, _IN_REGISTERED_KERNELS),
+    Release("0.5.23", "f54be04177f3ff98", _KERNELS_MOVED, _IN_REGISTERED_KERNELS, _CUTEDSL_BACKENDS),
 )
 
 # The backends of all of them, which need SM100, and Hopper's, which all of them have.

@@ -524,6 +524,31 @@ def test_update_of_sglang_to_where_the_patch_has_other_names(
     assert snapshot(tree) == before
 
 
+@pytest.mark.parametrize("command", ["apply", "revert"])
+def test_update_of_this_project(with_tests, tmp_path, command):
+    """What an earlier state of it has applied is replaced, or taken back."""
+    project, tree, fresh = (tmp_path / name for name in ("project", "tree", "fresh"))
+    repository(project)
+    before = snapshot(make(tree))
+    assert with_tests("apply", tree)[0] == 0
+    srt = project / "python/sglang/srt"
+    (srt / "model.py.edit").write_text("before Model.run :: return\n    hook(x)\n")
+    (srt / "backend.py.edit").unlink()
+    (srt / "extra.py").rename(srt / "more.py")
+    (srt / "new/hook.py").write_text("x = 1\n")
+    (project / "test/mla_standin/models.py").unlink()
+    repository(project)
+
+    assert with_tests("status", tree)[0] == 3
+    assert with_tests(command, tree)[0] == 0
+    if command == "apply":
+        assert with_tests("apply", make(fresh))[0] == 0
+        assert snapshot(tree) == snapshot(fresh) != before
+        assert with_tests("status", tree)[0] == 0
+        assert with_tests("revert", tree)[0] == 0
+    assert snapshot(tree) == before
+
+
 def test_local_changes_survive(run, tree):
     srt = tree / "python/sglang/srt"
     (srt / "model.py").write_text("import os\n\n" + SGLANG["srt/model.py"])

@@ -5,6 +5,7 @@ import ast
 import importlib.util
 import math
 import os
+import runpy
 import subprocess
 import sys
 import unittest
@@ -18,7 +19,7 @@ from patch_targets import copy_release
 
 from prefill_patch import SOURCE
 from prefill_patch.cli import main
-from prefill_patch.target import open_target
+from prefill_patch.target import fetch_release, open_target
 from sglang.test.ci.ci_register import HWBackend, collect_tests
 
 TEST = Path(__file__).resolve().parents[1]
@@ -89,6 +90,35 @@ def test_files_arrive_in_a_checkout_import_from_there_alone_and_go_again(tmp_pat
 
     assert main(["revert", "--sglang", str(checkout)]) == 0
     assert not any(copy.exists() for copy in copies)
+
+
+@pytest.mark.parametrize(
+    "version, suite",
+    [
+        ("0.5.13", "base-b-kernel-{}-1-gpu-large"),
+        ("0.5.14", "base-b-kernel-{}-1-gpu-large"),
+        ("0.5.15", "base-b-kernel-{}-test-1-gpu-large"),
+        ("0.5.17", "base-b-kernel-{}-test-1-gpu-large"),
+        ("0.5.23", "base-b-kernel-{}-test-1-gpu-large"),
+    ],
+)
+def test_kernel_tests_arrive_in_later_releases(tmp_path, version, suite):
+    checkout = copy_release(version, tmp_path)
+    assert main(["apply", "--sglang", str(checkout)]) == 0
+    # Where the runner looks from 0.5.14 on, and before.
+    found = sorted((checkout / "test/registered").rglob("*.py"))
+    if version == "0.5.13":
+        found = kernel_files(checkout / "python/sglang")
+    register = fetch_release(version) / "python/sglang/test/ci/ci_register.py"
+    tests = runpy.run_path(str(register))["collect_tests"]([str(f) for f in found])
+    kernels = kernel_files(SOURCE)
+    assert {Path(test.filename).name for test in tests} == {f.name for f in kernels}
+    for test in tests:
+        is_benchmark = Path(test.filename).name.startswith("bench_")
+        kind = "benchmark" if is_benchmark else "unit"
+        assert test.effective_suite == suite.format(kind), test.filename
+    assert main(["revert", "--sglang", str(checkout)]) == 0
+    assert not any(file.exists() for file in found)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,9 @@ from prefill_patch.target import fetch_release, open_target
 # `make test` takes these and those where its names change, `make test-releases` all.
 IN_FULL = (BASE.version, RELEASES[-1].version)
 FIRST_OF_A_KIND = [
-    one.version for last, one in zip(RELEASES, RELEASES[1:]) if one.names != last.names
+    one.version
+    for last, one in zip(RELEASES, RELEASES[1:])
+    if (one.names, one.kernel_tests) != (last.names, last.kernel_tests)
 ]
 
 
@@ -81,7 +83,7 @@ def test_lines_are_formatted_as_upstream_wants_them(release, tmp_path):
         assert formatted(after[path]) == edits.apply(formatted(before[path]), todo)
     unused = unused_imports(write_tree(tmp_path / "before", before))
     assert unused_imports(write_tree(tmp_path / "after", after)) == unused
-    for path, data in patch.files.items():
+    for path, data in (patch.files | patch.tests).items():
         assert formatted(data) == data, path
     assert unused_imports(write_tree(tmp_path / "new", patch.files)) == []
 

@@ -570,8 +570,14 @@ def tokenspeed_mla_decode(
     softmax_scale,
     output_scale,
     enable_pdl,
+    return_lse=False,
+    causal_seqs=None,
+    cp_world=1,
+    cp_rank=0,
 ):
-    """Stands in for tokenspeed_mla's decode."""
+    """Stands in for tokenspeed_mla's decode, on one rank."""
+    if return_lse or cp_world > 1:
+        raise NotImplementedError("tokenspeed_mla_decode: return_lse or cp_world")
     dtype = workspace_buffer.dtype
     _require(dtype == torch.int8, f"a workspace of {dtype}: int8")
     with _range(DECODE):

@@ -30,7 +30,13 @@ import torch
 from batch_runs import BACKENDS
 from mla_harness import TINY, MLADims, Scenario, reference
 from sglang_cpu import HAS_GPU
-from sglang_internals import RELEASE
+from sglang_internals import (
+    DRAFT_EXTEND,
+    RELEASE,
+    decode_context_parallel,
+    enable_breakable_cuda_graph,
+    enable_piecewise_cuda_graph,
+)
 
 from prefill_patch.releases import FA3, RELEASES, Release, ordered
 
@@ -351,7 +357,7 @@ CASES = [
         cutedsl_mla=DECODES_ALONE,
         env=ABSORBED,
         batch={**DECODES, "extend_lens": [3, 2]},
-        how=functools.partial(runs.absorbed, mode=runs.DRAFT_EXTEND),
+        how=functools.partial(runs.absorbed, mode=DRAFT_EXTEND),
     ),
     case(
         "mha",
@@ -779,7 +785,7 @@ FORCED = [
         "a piecewise CUDA graph begun after the metadata",
         declined("CUDA graph"),
         how=functools.partial(
-            runs.forced, inside=lambda _: runs.enable_piecewise_cuda_graph()
+            runs.forced, inside=lambda _: enable_piecewise_cuda_graph()
         ),
     ),
     case(
@@ -787,7 +793,7 @@ FORCED = [
         "a breakable CUDA graph begun after the metadata",
         declined("CUDA graph"),
         how=functools.partial(
-            runs.forced, inside=lambda _: runs.enable_breakable_cuda_graph()
+            runs.forced, inside=lambda _: enable_breakable_cuda_graph()
         ),
     ),
     case(
@@ -800,9 +806,7 @@ FORCED = [
         "forced-decode-context-parallel",
         "decode context parallelism, whose slots are those of several ranks",
         Since("0.5.15", declined("decode context parallelism"), before=NOT_YET),
-        how=functools.partial(
-            runs.forced, inside=lambda _: runs.decode_context_parallel()
-        ),
+        how=functools.partial(runs.forced, inside=lambda _: decode_context_parallel()),
     ),
     case(
         "forced-no-metadata",
@@ -817,7 +821,7 @@ FORCED = [
         how=functools.partial(
             runs.forced,
             inside=lambda forward_batch: runs.mock.patch.object(
-                forward_batch, "forward_mode", runs.DRAFT_EXTEND
+                forward_batch, "forward_mode", DRAFT_EXTEND
             ),
         ),
     ),

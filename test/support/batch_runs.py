@@ -19,12 +19,10 @@ from mla_harness import Batch, Env, Result, run_prefill
 from mla_standin import kernels
 from sglang_cpu import DEVICE, HAS_GPU
 from sglang_internals import (
-    DRAFT_EXTEND,
     RELEASE,
     DSATokenToKVPool,
     attention_context_parallel,
     call,
-    decode_context_parallel,
     enable_breakable_cuda_graph,
     enable_piecewise_cuda_graph,
     running,

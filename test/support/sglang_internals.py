@@ -14,7 +14,7 @@ from unittest import mock
 
 import sglang_cpu
 
-from prefill_patch.releases import BACKENDS, FA3, candidates, ordered, stated
+from prefill_patch.releases import BACKENDS, candidates, ordered, stated
 
 sglang_cpu.install()
 

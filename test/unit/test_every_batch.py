@@ -202,7 +202,7 @@ def test_never_farther_from_exact_than_unpatched(name, backend, run, unpatched):
     case = batch_cases.case_named(name)
     if case.test(backend) != "test_taken":
         pytest.skip(case.outcome(backend).reason)
-    if name in NOT_COMPARED[backend]:
+    if name in NOT_COMPARED.get(backend, ()):
         pytest.skip("SGLang's own is wrong")
     env, batch, after = run(case, backend)
     before, n = unpatched(case, backend), batch.tokens

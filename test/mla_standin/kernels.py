@@ -423,6 +423,11 @@ def trtllm_ragged_attention_deepseek(
         return (out, lse) if return_lse else out
 
 
+def _scale(descale: Optional[torch.Tensor]) -> float:
+    """Of a tensor [requests, heads] that has one scale for all."""
+    return 1.0 if descale is None else descale.flatten()[0].item()
+
+
 def flash_attn_varlen_func(
     *,
     q,
@@ -437,6 +442,8 @@ def flash_attn_varlen_func(
     return_softmax_lse=False,
     out=None,
     ver=3,
+    k_descale=None,
+    v_descale=None,
 ):
     """Stands in for sgl_kernel's FlashAttention-3 over ragged requests, and for
     FlashAttention-4, which takes no FP8.
@@ -462,8 +469,8 @@ def flash_attn_varlen_func(
             max_kv=max_seqlen_k,
             causal=causal,
             return_lse=return_softmax_lse,
-            bmm1_scale=softmax_scale,
-            bmm2_scale=1.0,
+            bmm1_scale=softmax_scale * _scale(k_descale),
+            bmm2_scale=_scale(v_descale),
             out=out,
         )
         shape = (q.shape[0], q.shape[1], v.shape[2])
@@ -577,8 +584,14 @@ def tokenspeed_mla_decode(
     softmax_scale,
     output_scale,
     enable_pdl,
+    return_lse=False,
+    causal_seqs=None,
+    cp_world=1,
+    cp_rank=0,
 ):
-    """Stands in for tokenspeed_mla's decode."""
+    """Stands in for tokenspeed_mla's decode, on one rank."""
+    if return_lse or cp_world > 1:
+        raise NotImplementedError("tokenspeed_mla_decode: return_lse or cp_world")
     dtype = workspace_buffer.dtype
     _require(dtype == torch.int8, f"a workspace of {dtype}: int8")
     with _range(DECODE):
@@ -609,8 +622,13 @@ def trtllm_batch_decode_with_kv_cache_mla(
     max_seq_len,
     bmm1_scale,
     skip_softmax_threshold_scale_factor=None,
+    enable_pdl=None,
+    multi_ctas_kv_counter_buffer=None,
+    return_lse=False,
 ):
     """Stands in for FlashInfer's entry point of trtllm-gen's MLA decode."""
+    if return_lse:
+        raise NotImplementedError("trtllm_batch_decode_with_kv_cache_mla: return_lse")
     tokens = block_tables.shape[-1] * kv_cache.shape[-2]
     _require(tokens % 128 == 0, f"tables of {tokens} tokens: a multiple of 128")
     with _range(DECODE):

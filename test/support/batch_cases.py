@@ -13,7 +13,7 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 if __name__ == "__main__":
     # The tests' conftest.py does this for the tests.
@@ -30,6 +30,15 @@ import torch
 from batch_runs import BACKENDS
 from mla_harness import TINY, MLADims, Scenario, reference
 from sglang_cpu import HAS_GPU
+from sglang_internals import (
+    DRAFT_EXTEND,
+    RELEASE,
+    decode_context_parallel,
+    enable_breakable_cuda_graph,
+    enable_piecewise_cuda_graph,
+)
+
+from prefill_patch.releases import FA3, RELEASES, Release, ordered
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,16 @@ def not_applicable(reason: str) -> Outcome:
     return Outcome("n/a", reason)
 
 
+@dataclass(frozen=True)
+class Since:
+    """Another outcome from a release on."""
+
+    version: str
+    outcome: Outcome
+    before: Outcomes
+
+
+Outcomes = Union[Outcome, Since]
 TAKEN = Outcome("taken")
 
 
@@ -72,15 +91,20 @@ class Case:
     name: str
     title: str
     scenario: Scenario
-    tokenspeed_mla: Outcome
-    trtllm_mla: Outcome
-    fa3: Outcome
+    tokenspeed_mla: Outcomes
+    cutedsl_mla: Outcomes
+    trtllm_mla: Outcomes
+    fa3: Outcomes
     producer: str
     # Whether the patched SGLang finds FlashInfer's RoPE; None: as the machine has it.
     flashinfer: Optional[bool]
 
-    def outcome(self, backend: str) -> Outcome:
-        return getattr(self, backend)
+    def outcome(self, backend: str, release: Release = RELEASE) -> Outcome:
+        found = getattr(self, backend)
+        while isinstance(found, Since):
+            is_later = ordered(release.version) >= ordered(found.version)
+            found = found.outcome if is_later else found.before
+        return found
 
     def test(self, backend: str) -> Optional[str]:
         """The function in test_every_batch.py that runs it on this backend."""
@@ -91,20 +115,22 @@ class Case:
 def case(
     name: str,
     title: str,
-    outcome: Outcome = TAKEN,
+    outcome: Outcomes = TAKEN,
     *,
-    tokenspeed_mla: Optional[Outcome] = None,
-    fa3: Optional[Outcome] = None,
+    tokenspeed_mla: Optional[Outcomes] = None,
+    cutedsl_mla: Optional[Outcomes] = None,
+    fa3: Optional[Outcomes] = None,
     producer: str = "fused",
     flashinfer: Optional[bool] = None,
     **scenario: Any,
 ) -> Case:
-    """A case with one outcome, or another on tokenspeed_mla or fa3."""
+    """A case with one outcome, or another on some backends."""
     return Case(
         name,
         title,
         Scenario(**scenario),
         tokenspeed_mla or outcome,
+        cutedsl_mla or outcome,
         outcome,
         fa3 or outcome,
         producer,
@@ -120,10 +146,16 @@ DEEPSEEK = reference.MODELS["deepseek-v3"]._replace(heads=4)
 SCALES = dict(k_scale=0.3, v_scale=1.7)
 ABSORBED = dict(dims=DEEPSEEK, modify_layer=runs.absorb_weights)
 VERIFY_ENV = dict(**ABSORBED, speculative_num_draft_tokens=3)
-DECODE = dict(batch=DECODES, how=functools.partial(runs.absorbed, mode="DECODE"))
+DECODES_ALONE = not_applicable("another class decodes")
+DECODE = dict(
+    cutedsl_mla=DECODES_ALONE,
+    batch=DECODES,
+    how=functools.partial(runs.absorbed, mode=runs.ForwardMode.DECODE),
+)
 VERIFY = dict(
+    cutedsl_mla=DECODES_ALONE,
     batch={**DECODES, "extend_lens": [3, 3]},
-    how=functools.partial(runs.absorbed, mode="TARGET_VERIFY"),
+    how=functools.partial(runs.absorbed, mode=runs.ForwardMode.TARGET_VERIFY),
 )
 GEMM = {"SGLANG_MLA_FP8_PREFILL_GEMM": "on"}
 COMPOSED = {"SGLANG_MLA_FP8_PREFILL": "composed"}
@@ -131,10 +163,20 @@ COMPOSED = {"SGLANG_MLA_FP8_PREFILL": "composed"}
 BF16_ONLY = not_applicable("its kernel gives BF16, whatever the model is")
 FP8_ONLY = not_applicable("starts with an fp8_e4m3 cache only")
 NO_SUCH_TYPE = not_applicable("its kernel takes no such type")
+NOT_YET = not_applicable("not in SGLang yet")
 FA3_ONLY = not_applicable("fa3's own")
+WRAPPER_RAISES = not_applicable("SGLang's wrapper calls the backend wrongly and raises")
+FP8_OUTPUT = not_applicable("SGLang's hook makes its output FP8 there, and it raises")
+WRITES_FP8 = not_applicable("SGLang's hook writes FP8, and this pool quantizes BF16")
+NSA_ROWS, DSA_ROWS = (
+    declined(f"{kind}TokenToKVPool takes no FP8 rows") for kind in ("NSA", "DSA")
+)
 MLA_PATH = untouched("MLA path")
 NO_HOOK = untouched("the prefill backend has no hook")
 OWN_OPERANDS = untouched("BF16 operands are quantized at the kernel call")
+BF16_BESIDE_FP8 = not_applicable(
+    "SGLang hands its kernel a BF16 Q beside an FP8 prefix"
+)
 ASSERTS_ONE = corrected("SGLang asserts scales of 1")
 UNDIVIDED_ROWS = corrected("SGLang multiplies undivided rows by k_scale")
 
@@ -181,6 +223,8 @@ CASES = [
     case(
         "hybrid-linear",
         "a full-attention layer of a hybrid-linear model",
+        Since("0.5.16", TAKEN, before=Since("0.5.13", WRAPPER_RAISES, before=TAKEN)),
+        fa3=TAKEN,
         batch=CHUNKS,
         how=runs.wrapped(runs.linear),
     ),
@@ -278,12 +322,18 @@ CASES = [
         "forward-context",
         "eager, inside the forward context of a captured prefill",
         declined("CUDA graph"),
+        tokenspeed_mla=Since(
+            "0.5.16",
+            declined("CUDA graph"),
+            before=Since("0.5.13", FP8_OUTPUT, before=declined("CUDA graph")),
+        ),
         how=functools.partial(runs.in_forward_context, breakable=False),
     ),
     case(
         "breakable-graph",
         "inside a breakable CUDA graph (the same, `--enable-breakable-cuda-graph`)",
-        declined("CUDA graph"),
+        Since("0.5.15", MLA_PATH, before=declined("CUDA graph")),
+        env=ABSORBED,
         how=functools.partial(runs.in_forward_context, breakable=True),
     ),
     # Other attention
@@ -305,9 +355,10 @@ CASES = [
         "draft-extend",
         "speculative draft-extend",
         MLA_PATH,
+        cutedsl_mla=DECODES_ALONE,
         env=ABSORBED,
         batch={**DECODES, "extend_lens": [3, 2]},
-        how=functools.partial(runs.absorbed, mode="DRAFT_EXTEND"),
+        how=functools.partial(runs.absorbed, mode=DRAFT_EXTEND),
     ),
     case(
         "mha",
@@ -388,6 +439,7 @@ CASES = [
         "own-prepare",
         "a model with a prepare step of its own (Sarvam), over prefix chunks",
         OWN_OPERANDS,
+        tokenspeed_mla=Since("0.5.13", BF16_BESIDE_FP8, before=OWN_OPERANDS),
         env=dict(q_lora=None, prefill_attention_backend="fa3"),
         batch=CHUNKS,
         how=runs.own_prepare,
@@ -396,7 +448,7 @@ CASES = [
         "own-prepare-scales",
         "the same with k_scale and v_scale",
         OWN_OPERANDS,
-        tokenspeed_mla=ASSERTS_ONE,
+        tokenspeed_mla=Since("0.5.13", BF16_BESIDE_FP8, before=ASSERTS_ONE),
         env=dict(**SCALES, q_lora=None, prefill_attention_backend="fa3"),
         batch=CHUNKS,
         how=runs.own_prepare,
@@ -455,6 +507,12 @@ CASES = [
         )
         for heads in (1, 5, 16)
     ),
+    case(
+        "rope-0",
+        "a model without rotary dimensions",
+        Since("0.5.20", declined("no rotary dimensions"), before=NOT_YET),
+        env=dict(dims=TINY._replace(rope=0), rope=None),
+    ),
     case("no-rope", "a layer without RoPE", env=dict(rope=None), batch=CHUNKS),
     case("neox-rope", "neox-style RoPE", env=dict(is_neox=True), batch=CHUNKS),
     case("yarn-rope", "DeepSeek's YaRN RoPE", env=dict(rope="yarn"), batch=CHUNKS),
@@ -492,6 +550,7 @@ CASES = [
         "an FP32 model",
         declined("the model is torch.float32, not bfloat16 or float16"),
         tokenspeed_mla=BF16_ONLY,
+        cutedsl_mla=not_applicable("SGLang's hook asserts BF16 or FP16"),
         fa3=BF16_ONLY,
         env=dict(dtype=torch.float32),
     ),
@@ -525,7 +584,9 @@ CASES = [
         "scales-declined",
         "k_scale and v_scale, a rotary embedding that the hook declines",
         declined("rotary embedding"),
-        tokenspeed_mla=ASSERTS_ONE,
+        tokenspeed_mla=Since(
+            "0.5.13", declined("rotary embedding"), before=ASSERTS_ONE
+        ),
         env=dict(**SCALES, modify_layer=runs.native_rope),
         batch={**CHUNKS, "pad_rows": 2},
     ),
@@ -589,10 +650,12 @@ CASES = [
         flashinfer=False,
     ),
     case(
-        "nsa-pool",
+        "dsa-pool",
         "a pool of 656-byte sparse-attention rows",
-        declined("NSATokenToKVPool takes no FP8 rows"),
-        env=dict(dims=DEEPSEEK, pool_class=runs.nsa_pool),
+        Since("0.5.13", DSA_ROWS, before=NSA_ROWS),
+        tokenspeed_mla=Since("0.5.13", WRITES_FP8, before=NSA_ROWS),
+        cutedsl_mla=WRITES_FP8,
+        env=dict(dims=DEEPSEEK, pool_class=runs.dsa_pool),
     ),
     *(
         case(
@@ -600,6 +663,7 @@ CASES = [
             title,
             declined(f"the KV cache is {cache}, not torch.float8_e4m3fn"),
             tokenspeed_mla=FP8_ONLY,
+            cutedsl_mla=FP8_ONLY,
             fa3=NO_SUCH_TYPE if name in ("e5m2", "fp4") else None,
             batch=CHUNKS,
             **scenario,
@@ -740,8 +804,28 @@ FORCED = [
         "a piecewise CUDA graph begun after the metadata",
         declined("CUDA graph"),
         how=functools.partial(
-            runs.forced, inside=lambda _: runs.enable_piecewise_cuda_graph()
+            runs.forced, inside=lambda _: enable_piecewise_cuda_graph()
         ),
+    ),
+    case(
+        "forced-breakable",
+        "a breakable CUDA graph begun after the metadata",
+        declined("CUDA graph"),
+        how=functools.partial(
+            runs.forced, inside=lambda _: enable_breakable_cuda_graph()
+        ),
+    ),
+    case(
+        "forced-prefill-graph",
+        "a prefill captured whole",
+        Since("0.5.23", declined("CUDA graph"), before=NOT_YET),
+        how=functools.partial(runs.forced, inside=lambda _: runs.full_prefill_graph()),
+    ),
+    case(
+        "forced-decode-context-parallel",
+        "decode context parallelism, whose slots are those of several ranks",
+        Since("0.5.15", declined("decode context parallelism"), before=NOT_YET),
+        how=functools.partial(runs.forced, inside=lambda _: decode_context_parallel()),
     ),
     case(
         "forced-no-metadata",
@@ -756,7 +840,7 @@ FORCED = [
         how=functools.partial(
             runs.forced,
             inside=lambda forward_batch: runs.mock.patch.object(
-                forward_batch, "forward_mode", runs.ForwardMode.DRAFT_EXTEND
+                forward_batch, "forward_mode", DRAFT_EXTEND
             ),
         ),
     ),
@@ -809,7 +893,8 @@ INTRODUCTION = """\
 # Every kind of batch
 
 *Taken*: the backend's hook prepares Q, K, V and the cache rows in FP8. *Declined*: it
-leaves the batch to SGLang's own path, whose every result is then bit-identical to the
+leaves the batch to SGLang's own path (on `tokenspeed_mla` from 0.5.13 on and on
+`cutedsl_mla`, SGLang's own hook), whose every result is then bit-identical to the
 unpatched SGLang's, and the reason is logged once; *untouched* is the same where SGLang
 does not come to the hook at all. *Corrected*: SGLang's own path too, which is wrong for
 the batch or raises without the patch, and right with it ([scales](scales.md)). Whichever
@@ -826,8 +911,12 @@ SGLang rounds them to BF16 and then to FP8, and the hook once. With `k_scale` or
 Activations beyond ±448, and infinity, become ±448, where the unpatched SGLang has what
 torch's cast makes of them: NaN beyond ±464 before torch 2.13, ±448 since. NaN stays NaN.
 
-A case's test is `test/unit/test_every_batch.py::TEST[CASE-BACKEND]`, which runs it on
-SGLang's own classes. The attention kernels, which need SM100, or SM90 for fa3, are
+A case's test is `test_every_batch.py::test_OUTCOME[CASE-BACKEND]`, which runs it on
+SGLang's own classes; `make test-releases` runs it on every release, and `make docs` writes
+this table when all have passed. An outcome without releases is that of all of them
+(`tokenspeed_mla`: to 0.5.22; `cutedsl_mla`, the class that prefills beside it: 0.5.23). Cases
+with `forced` in their names are prepared as chunked prefills though SGLang's dispatch
+chooses another path. The attention kernels, which need SM100, or SM90 for fa3, are
 replaced by references that take any dimensions: where the real ones do not (trtllm-gen
 takes Q and K of 192 with V of 128, or 128 throughout; tokenspeed_mla 192 with 128), as for
 GLM's, a case shows the preparation alone. On a Hopper GPU fa3 runs its own kernel for
@@ -836,25 +925,35 @@ DeepSeek's dimensions.
 On fa3, SGLang attends to prefixes of 8192 tokens and more in FP8, up to 131,072 tokens a
 batch in one call with the new ones (one-shot), beyond that in chunks. A one-shot K and V
 are projected from the cache's FP8 rows, those of the new tokens too, as SGLang does it;
-here prefixes are short, and that threshold 1. `k_scale` and `v_scale` have no part in fa3's
-attention, and it leaves the rows of padding unwritten, patched or not.
+here prefixes are short, and that threshold 1. Before 0.5.16 `k_scale` and `v_scale` have no
+part in fa3's attention. It leaves the rows of padding unwritten, patched or not.
 
-| case | | tokenspeed_mla | trtllm_mla | fa3 | test |
-|---|---|---|---|---|---|
 """
+
+
+def _spans(case: Case, backend: str) -> str:
+    """The outcome on a backend, with the releases of each where they differ."""
+    spans: list[tuple[str, list[str]]] = []
+    for release in RELEASES:
+        if backend in (*release.backends, FA3):
+            outcome = str(case.outcome(backend, release))
+            if not spans or spans[-1][0] != outcome:
+                spans.append((outcome, []))
+            spans[-1][1].append(release.version)
+    if len(spans) == 1:
+        return spans[0][0]
+    return "; ".join(
+        f"{' to '.join(dict.fromkeys((them[0], them[-1])))}: {outcome}"
+        for outcome, them in spans
+    )
 
 
 def batches_document() -> str:
     """The text of docs/batches.md."""
-    lines = []
-    for case in CASES:
-        tests = sorted({f"`{t}`" for b in BACKENDS if (t := case.test(b))})
-        cells = (
-            f"`{case.name}`",
-            case.title,
-            *(str(case.outcome(backend)) for backend in BACKENDS),
-            ", ".join(tests),
-        )
+    names = ("tokenspeed_mla", "cutedsl_mla", "trtllm_mla", FA3)
+    lines = [f"| case | | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
+    for case in CASES + FORCED:
+        cells = f"`{case.name}`", case.title, *(_spans(case, name) for name in names)
         lines.append(f"| {' | '.join(cells)} |")
     return INTRODUCTION + "\n".join(lines) + "\n"
 

@@ -9,7 +9,7 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, ContextManager, Iterator
 from unittest import mock
 
 import mla_harness as harness
@@ -18,23 +18,26 @@ from gpu_stand_ins import FLASHINFER, KERNELS, merge_state
 from mla_harness import Batch, Env, Result, run_prefill
 from mla_standin import kernels
 from sglang_cpu import DEVICE, HAS_GPU
-
-from sglang.srt.compilation.piecewise_context_manager import (
+from sglang_internals import (
+    RELEASE,
+    DSATokenToKVPool,
+    attention_context_parallel,
+    call,
+    enable_breakable_cuda_graph,
     enable_piecewise_cuda_graph,
-    set_forward_context,
+    running,
+    set_piecewise_forward_context,
 )
+
 from sglang.srt.layers import radix_attention
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache import memory_pool
-from sglang.srt.model_executor.breakable_cuda_graph.context import (
-    enable_breakable_cuda_graph,
-)
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import (
     AttnForwardMethod,
 )
 
-BACKENDS = ("tokenspeed_mla", "trtllm_mla", "fa3")
+BACKENDS = (*sorted(RELEASE.backends), "fa3")
 
 
 # Wrappers round a backend
@@ -48,9 +51,8 @@ def sibling(env: Env):
 def other(env: Env):
     """A backend of another kind on the same pools."""
     own = env.server_args.attention_backend
-    return harness.make_backend(
-        env, "tokenspeed_mla" if own == "trtllm_mla" else "trtllm_mla"
-    )
+    name = next(name for name in BACKENDS if name not in (own, "fa3"))
+    return harness.make_backend(env, name)
 
 
 def hybrid(env: Env):
@@ -163,12 +165,22 @@ def in_forward_context(env: Env, batch: Batch, breakable: bool) -> Result:
         forward_batch.num_token_non_padded_cpu = batch.tokens
         with (
             attention,
-            set_forward_context(forward_batch, [env.attn.attn_mha], None, [], []),
+            set_piecewise_forward_context(
+                forward_batch, [env.attn.attn_mha], None, [], []
+            ),
             enable_breakable_cuda_graph() if breakable else nullcontext(),
         ):
             yield
 
-    return run_prefill(env, batch, around=around)
+    # From 0.5.15 on a breakable graph is on the absorbed path, which needs a GPU.
+    return run_prefill(env, batch, around=around, attention=not breakable)
+
+
+def full_prefill_graph() -> ContextManager:
+    """Where SGLang captures a prefill whole, from 0.5.23 on."""
+    from sglang.srt.model_executor.runner_utils import prefill_graph
+
+    return prefill_graph.prefill_graph_scope(full_graph=True)
 
 
 def in_piecewise_graph(env: Env, batch: Batch) -> Result:
@@ -208,10 +220,9 @@ def without_metadata(env: Env, batch: Batch) -> Result:
     return forced(env, batch, inside=lambda forward_batch: missing)
 
 
-def absorbed(env: Env, batch: Batch, mode: str) -> Result:
+def absorbed(env: Env, batch: Batch, mode: ForwardMode) -> Result:
     """A decode or speculative batch, through the model's absorbed MLA path; on fa3 its
     prepare step alone, since FlashAttention's absorbed kernel has no stand-in."""
-    mode = ForwardMode[mode]
     modules = {"flashinfer": FLASHINFER}
     modules["flashinfer.rope"] = FLASHINFER.rope
 
@@ -222,7 +233,7 @@ def absorbed(env: Env, batch: Batch, mode: str) -> Result:
             forward_batch.seq_lens = forward_batch.extend_prefix_lens.long()
             forward_batch.seq_lens_cpu = forward_batch.seq_lens.cpu()
             forward_batch.spec_info = SimpleNamespace(
-                draft_token_num=batch.extend_lens[0]
+                draft_token_num=batch.extend_lens[0], ragged_verify_layout=None
             )
         with mock.patch.dict(sys.modules, {} if HAS_GPU else modules):
             yield
@@ -315,6 +326,7 @@ def own_prepare(env: Env, batch: Batch) -> Result:
     with (
         torch.no_grad(),
         merge,
+        running(env.backend),
         harness.chunk_capacity(batch.chunk_capacity),
     ):
         env.backend.init_forward_metadata(forward_batch)
@@ -424,8 +436,9 @@ def fp4_backend(env: Env) -> None:
 
 
 def context_parallel(env: Env) -> None:
-    env.runner.attn_cp_size = 2
-    env.backend = sibling(env)
+    env.runner.attn_cp_size = env.runner.ps.attn_cp_size = 2
+    with attention_context_parallel(2):
+        env.backend = type(env.backend)(env.runner)
 
 
 def flash_attention_4(env: Env) -> None:
@@ -440,9 +453,9 @@ class OwnWriterPool(memory_pool.MLATokenToKVPool):
         super().set_mla_kv_buffer(layer, loc, *parts)
 
 
-def nsa_pool(**kwargs):
+def dsa_pool(**kwargs):
     """Rows of FP8 latent, scales and BF16 RoPE part: 656 bytes."""
-    return memory_pool.NSATokenToKVPool(
+    return DSATokenToKVPool(
         **kwargs, index_head_dim=128, kv_cache_dim=512 + 512 // 128 * 4 + 64 * 2
     )
 
@@ -460,7 +473,8 @@ class LinearPool(memory_pool.HybridLinearKVPool):
 
 
 def linear_pool(layer_num: int, **kwargs) -> LinearPool:
-    return LinearPool(
+    return call(
+        LinearPool,
         **kwargs,
         head_num=1,
         head_dim=0,

@@ -18,22 +18,13 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any, Optional
 
-import sglang_cpu
 import torch
 from mla_standin import kernels
 from mla_standin.install import tokenspeed_module
 from sglang_cpu import DEVICE, HAS_GPU
+from sglang_internals import RELEASE, backend_class, fixup_zero_kv, fp8_kernel, jit_rope
 
-sglang_cpu.install()
-
-from sglang.jit_kernel import fixup_zero_kv
-from sglang.jit_kernel import rope as jit_rope
-from sglang.srt.layers.attention import (
-    flashinfer_mla_backend,
-    tokenspeed_mla_backend,
-    trtllm_mla_backend,
-)
-from sglang.srt.layers.quantization import fp8_kernel
+from sglang.srt.layers.attention import flashinfer_mla_backend
 from sglang.srt.layers.rotary_embedding import base as rotary_base
 from sglang.srt.layers.rotary_embedding import rope_variant
 from sglang.srt.models.deepseek_common.attention_forward_methods import forward_mha
@@ -231,9 +222,10 @@ def _quantize_per_tensor(x, out, scale, is_static) -> None:
 
 
 def _fixup_zero_kv_rows(out, lse, kv_lens, cum_seq_lens, max_seq_len) -> None:
-    """Stands in for SGLang's JIT CUDA kernel of that name, which writes four heads at a
-    time, at addresses of 16 bytes."""
-    assert lse.shape[1] % 4 == 0, "misaligned address"
+    """Stands in for SGLang's JIT CUDA kernel of that name, which before 0.5.17 writes
+    four heads at a time, at addresses of 16 bytes."""
+    before = fixup_zero_kv.__name__ == "sglang.jit_kernel.fixup_zero_kv"
+    assert not before or lse.shape[1] % 4 == 0, "misaligned address"
     starts = cum_seq_lens.tolist()
     for i, length in enumerate(kv_lens.tolist()):
         if length == 0:
@@ -301,7 +293,17 @@ FLASHINFER = SimpleNamespace(
         )
     ),
     rope=SimpleNamespace(mla_rope_quantize_fp8=_mla_rope_quantize_fp8),
+    # Sizes of a buffer that the stand-ins do not use.
+    utils=SimpleNamespace(
+        get_device_sm_count=lambda device: 1,
+        get_trtllm_gen_multi_ctas_kv_counter_bytes=lambda *sizes: 1,
+    ),
 )
+
+
+def _unpinned(factory):
+    """Stands in for a factory of tensors in pinned memory, which only a GPU's driver has."""
+    return lambda *args, pin_memory=False, **kwargs: factory(*args, **kwargs)
 
 
 def _install_stand_ins() -> None:
@@ -310,8 +312,11 @@ def _install_stand_ins() -> None:
     flashattention_backend.flash_attn_varlen_func = _recorded(
         flashattention_backend.flash_attn_varlen_func
     )
-    tokenspeed_mla_backend.tokenspeed_mla = TOKENSPEED
-    tokenspeed_mla_backend.is_tokenspeed_mla_available = lambda: True
+    modules = {sys.modules[backend_class(name).__module__] for name in RELEASE.backends}
+    for module in modules:
+        if hasattr(module, "is_tokenspeed_mla_available"):
+            module.tokenspeed_mla = TOKENSPEED
+            module.is_tokenspeed_mla_available = lambda: True
     if HAS_GPU:
         import flashinfer.decode
         import flashinfer.prefill
@@ -323,10 +328,17 @@ def _install_stand_ins() -> None:
             flashinfer_mla_backend.BatchPrefillWithRaggedKVCacheWrapper
         )
         return
-    trtllm_mla_backend.flashinfer = FLASHINFER
-    fixup_zero_kv._jit_fixup_module = lambda dtype: SimpleNamespace(
-        fixup_zero_kv_rows=_fixup_zero_kv_rows
-    )
+    flashattention_backend.get_device_capability = lambda *device: (9, 0)
+    torch.zeros = _unpinned(torch.zeros)
+    for module in modules:
+        module.flashinfer = FLASHINFER
+        module.can_use_set_mla_kv_concat_q = lambda *widths: False
+        module.can_use_set_mla_kv_concat_q_fp8 = lambda: False
+        module._flashinfer_rope = FLASHINFER.rope
+    for module in (fixup_zero_kv, *modules):
+        module._jit_fixup_module = lambda dtype: SimpleNamespace(
+            fixup_zero_kv_rows=_fixup_zero_kv_rows
+        )
     fp8_kernel.sgl_per_tensor_quant_fp8 = _quantize_per_tensor
     flashinfer_mla_backend.BatchMLAPagedAttentionWrapper = _FlashInferWrapper
     flashinfer_mla_backend.BatchPrefillWithRaggedKVCacheWrapper = _FlashInferWrapper

@@ -24,11 +24,13 @@ from types import SimpleNamespace
 from typing import Any, Callable, Iterator, Optional, Sequence
 from unittest import mock
 
+import sglang_internals
 import torch
 from gpu_stand_ins import KERNELS, KernelCall
 from mla_standin import kernels
 from patched_sglang import ROOT
 from sglang_cpu import DEVICE, HAS_GPU
+from sglang_internals import running
 
 # The unpatched SGLang has no fp8_reference.
 sys.path.append(str(ROOT / "python/sglang/jit_kernel/tests"))
@@ -45,18 +47,13 @@ from sglang.srt.batch_overlap.two_batch_overlap import (
 from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.distributed import parallel_state
 from sglang.srt.environ import envs
-from sglang.srt.layers import dp_attention
-from sglang.srt.layers.attention import (
-    flashattention_backend,
-    tokenspeed_mla_backend,
-    trtllm_mla_backend,
-)
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import (
     HybridLinearAttnBackend,
 )
 from sglang.srt.layers.attention.tbo_backend import TboAttnBackend
-from sglang.srt.layers.communicator import AttentionInputs, get_attn_tp_context
+from sglang.srt.layers.dp_attention import initialize_dp_attention
 from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool, ReqToTokenPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.models.deepseek_v2 import DeepseekV2AttentionMLA
@@ -104,10 +101,12 @@ class Env:
 
     @property
     def scales(self) -> tuple[float, float]:
-        """k_scale and v_scale of the checkpoint; fa3 ignores them."""
-        if self.server_args.attention_backend == "fa3":
-            return 1.0, 1.0
+        """k_scale and v_scale of the checkpoint, where SGLang gives them to fa3's kernel."""
         attn = self.attn.attn_mha
+        if self.server_args.attention_backend == "fa3" and not (
+            sglang_internals.FA3_HAS_KV_SCALES and attn.k_scale is not None
+        ):
+            return 1.0, 1.0
         scales = attn.k_scale_float, attn.v_scale_float
         return tuple(1.0 if scale is None else scale for scale in scales)
 
@@ -122,7 +121,7 @@ class Env:
 
     def activate(self) -> None:
         """Make this environment's server arguments the process's."""
-        server_args_module.set_global_server_args_for_scheduler(self.server_args)
+        sglang_internals.publish(self.server_args)
 
 
 def _init_distributed() -> None:
@@ -142,10 +141,14 @@ def make_server_args(backend: str, **overrides):
     args = server_args_module.ServerArgs(model_path="dummy", device=DEVICE)
     settings = dict(
         attention_backend=backend,
-        prefill_attention_backend=backend,
+        # SGLang's name of the backend that prefills where cutedsl_mla decodes.
+        prefill_attention_backend=(
+            "trtllm_mla" if backend == "cutedsl_mla" else backend
+        ),
         decode_attention_backend=backend,
-        disable_piecewise_cuda_graph=True,
     )
+    if hasattr(args, "disable_piecewise_cuda_graph"):  # before 0.5.14
+        settings["disable_piecewise_cuda_graph"] = True
     for name, value in {**settings, **overrides}.items():
         if not hasattr(args, name):
             raise AttributeError(f"ServerArgs has no field {name!r}")
@@ -181,8 +184,6 @@ def make_attention(
         )
     elif rope not in ("default", None):
         raise ValueError(f'rope must be "default", "yarn" or None, not {rope!r}')
-    args = server_args_module.get_global_server_args()
-    device, args.device = args.device, "cuda"  # "cpu" allows no other RoPE than yarn
     default_dtype = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
@@ -204,7 +205,6 @@ def make_attention(
             )
     finally:
         torch.set_default_dtype(default_dtype)
-        args.device = device
     if attn.rotary_emb is not None:
         # SGLang shares one among all layers of the process, and its choice without a
         # GPU is another method.
@@ -241,14 +241,17 @@ def make_env(
     **server_args,
 ) -> Env:
     """Build the layer, its pools and its backend, each by its own `__init__`."""
-    args = make_server_args(
-        backend,
+    server_args = dict(
         page_size=page_size,
         **{"kv_cache_dtype": CACHE_DTYPE_NAMES[cache_dtype], **server_args},
     )
-    server_args_module.set_global_server_args_for_scheduler(args)
+    # For the layer a GPU's, as "cpu" allows no other RoPE than yarn.
+    args = make_server_args(backend, **server_args, device="cuda")
+    sglang_internals.publish(args)
     _init_distributed()
     attn = make_attention(dims, dtype, rope, is_neox, max_context, q_lora, hidden)
+    args = make_server_args(backend, **server_args)
+    sglang_internals.publish(args)
     for name, value in (("k_scale", k_scale), ("v_scale", v_scale)):
         if value is not None:
             scale = torch.tensor(value, dtype=torch.float32, device=DEVICE)
@@ -276,6 +279,7 @@ def make_env(
         attention_arch=AttentionArch.MLA,
         is_encoder_decoder=False,
         is_local_attention_model=False,
+        hf_config=SimpleNamespace(architectures=["DeepseekV3ForCausalLM"]),
         hf_text_config=SimpleNamespace(num_attention_heads=dims.heads),
         num_attention_heads=dims.heads,
         get_num_kv_heads=lambda tp_size: dims.heads // tp_size,
@@ -289,8 +293,21 @@ def make_env(
         hidden_size=hidden,
         dtype=dtype,
     )
-    dp_attention.initialize_dp_attention(args, model_config)
+    sglang_internals.call(
+        initialize_dp_attention, server_args=args, model_config=model_config
+    )
     runner = SimpleNamespace(
+        is_draft_worker=False,
+        kv_cache_dtype_str=args.kv_cache_dtype,
+        kv_index_translator=sglang_internals.kv_index_translator(
+            req_to_token=req_to_token_pool.req_to_token,
+            token_to_kv_pool_allocator=None,
+            token_to_kv_pool=pool,
+            page_size=page_size,
+            device=DEVICE,
+        ),
+        max_running_requests=max_requests,
+        token_to_kv_pool_allocator=None,
         model=attn,
         model_config=model_config,
         device=DEVICE,
@@ -299,6 +316,8 @@ def make_env(
         page_size=page_size,
         tp_size=1,
         attn_cp_size=1,
+        # From 0.5.15 on the sizes are here.
+        ps=SimpleNamespace(attn_cp_size=1, tp_size=1),
         sliding_window_size=None,
         req_to_token_pool=req_to_token_pool,
         token_to_kv_pool=pool,
@@ -312,12 +331,7 @@ def make_env(
 def make_backend(env: Env, name: str):
     """Another backend on the same pools, as two-batch overlap builds its children."""
     env.activate()
-    classes = {
-        "fa3": flashattention_backend.FlashAttentionBackend,
-        "tokenspeed_mla": tokenspeed_mla_backend.TokenspeedMLABackend,
-        "trtllm_mla": trtllm_mla_backend.TRTLLMMLABackend,
-    }
-    return classes[name](env.runner)
+    return sglang_internals.backend_class(name)(env.runner)
 
 
 def wrap_tbo(primary, children: Sequence[Any]) -> TboAttnBackend:
@@ -328,7 +342,7 @@ def wrap_hybrid(env: Env, prefill, decode) -> HybridAttnBackend:
     return HybridAttnBackend(env.runner, prefill_backend=prefill, decode_backend=decode)
 
 
-class _LinearBackend:
+class _LinearBackend(AttentionBackend):
     """Stands in for a linear-attention backend, which needs a Mamba state pool."""
 
     def init_forward_metadata(self, forward_batch) -> None:
@@ -453,7 +467,8 @@ def make_forward_batch(env: Env, batch: Batch, backend: Any = None) -> ForwardBa
     def int32(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
-    forward_batch = ForwardBatch(
+    forward_batch = sglang_internals.call(
+        ForwardBatch,
         forward_mode=ForwardMode.EXTEND if bs else ForwardMode.IDLE,
         batch_size=bs,
         input_ids=torch.zeros(batch.tokens, dtype=torch.int64, device=DEVICE),
@@ -462,6 +477,7 @@ def make_forward_batch(env: Env, batch: Batch, backend: Any = None) -> ForwardBa
         seq_lens_cpu=seq_lens,
         seq_lens_sum=int(seq_lens.sum()),
         out_cache_loc=batch.out_cache_loc[: batch.tokens],
+        out_cache_loc_is_physical=True,
         positions=batch.positions[: batch.tokens],
         extend_num_tokens=batch.tokens,
         extend_seq_lens=int32(batch.extend_lens),
@@ -522,11 +538,13 @@ def chunk_capacity(tokens: Optional[int]) -> Iterator[None]:
 
 def prepare(env: Env, forward_batch: ForwardBatch, hidden: torch.Tensor):
     """The layer's prepare step, chosen by SGLang's own dispatch."""
-    context = get_attn_tp_context()
-    context.init_context(env.attn.q_lora_rank, is_nsa=False)
+    context = sglang_internals.layer_boundary.get_attn_tp_context()
+    context.init_context(env.attn.q_lora_rank, False)
     with context.maybe_input_scattered(forward_batch):
         context.set_attn_inputs(
-            AttentionInputs(hidden, forward_batch, env.attn.prepare_qkv_latent)
+            sglang_internals.layer_boundary.AttentionInputs(
+                hidden, forward_batch, env.attn.prepare_qkv_latent
+            )
         )
         return env.attn.forward_prepare(
             positions=forward_batch.positions,
@@ -558,10 +576,15 @@ def run_prefill(
     graph context, a switch, memory full of NaN), `inside` one for what follows the
     backend's metadata; without `attention` the prepare step alone runs.
     """
+    backend = backend or env.backend
     forward_batch = start_batch(env, batch, backend)
-    with chunk_capacity(batch.chunk_capacity), around(forward_batch):
+    with (
+        running(backend),
+        chunk_capacity(batch.chunk_capacity),
+        around(forward_batch),
+    ):
         if forward_batch.batch_size > 0:
-            forward_batch.attn_backend.init_forward_metadata(forward_batch)
+            backend.init_forward_metadata(forward_batch)
         with inside(forward_batch):
             return run_layer(env, forward_batch, batch.hidden, attention)
 
@@ -573,12 +596,13 @@ def run_overlapped(env: Env, batch: Batch, backend: TboAttnBackend) -> list[Resu
         parent.forward_mode, batch.rows, batch.extend_lens, None
     )
     results = []
-    with chunk_capacity(batch.chunk_capacity):
+    with chunk_capacity(batch.chunk_capacity), running(backend):
         TboForwardBatchPreparer.prepare(parent)
         backend.init_forward_metadata(parent)
-        for child in parent.tbo_children:
+        for own, child in zip(backend.children, parent.tbo_children):
             rows = slice(*child.tbo_parent_token_range)
-            results.append(run_layer(env, child, batch.hidden[rows]))
+            with running(own):
+                results.append(run_layer(env, child, batch.hidden[rows]))
     return results
 
 

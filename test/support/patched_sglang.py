@@ -40,6 +40,14 @@ def _digest(*roots: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def _link_or_copy(source: str, target: str) -> None:
+    """What the patch replaces is not written through a link."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def lay_out(sglang: str) -> Trees:
     """Copy a target (release, checkout or package folder) twice and patch one copy.
 
@@ -58,8 +66,12 @@ def lay_out(sglang: str) -> Trees:
     with tempfile.TemporaryDirectory(dir=BUILD) as work:
         for name, command in (("unpatched", "revert"), ("patched", "apply")):
             tree = Path(work, "trees", name)
-            ignore = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(package, tree / "python/sglang", ignore=ignore)
+            shutil.copytree(
+                package,
+                tree / "python/sglang",
+                ignore=shutil.ignore_patterns("__pycache__"),
+                copy_function=_link_or_copy,
+            )
             # As a package folder, which gets no tests for SGLang's CI.
             with contextlib.redirect_stdout(io.StringIO()):
                 status = cli.main([command, "--sglang", str(tree / "python")])
@@ -87,3 +99,18 @@ def run_python(site: Path, *arguments: str, cwd: Optional[str] = None) -> str:
     if done.returncode != 0:
         raise RuntimeError(f"failed on {site}:\n{done.stderr[-4000:]}")
     return done.stdout
+
+
+def run_batches(sglang: str, *options: str) -> subprocess.CompletedProcess:
+    """Every kind of batch on a target, patched against unpatched, as pytest prints it."""
+    # Not as a worker of the pytest that may run this.
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    pytest = [sys.executable, "-m", "pytest", "-q", "--tb=short", f"--sglang={sglang}"]
+    return subprocess.run(
+        [*pytest, *options, "test/unit/test_every_batch.py"],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )

@@ -2,7 +2,7 @@
 
     python test/tools/new_release.py 0.5.24
 
-prints what breaks, first where places are not found, then in a process that imports it;
+prints what breaks: which places are not found, then which of the table of batches fail;
 or the row for prefill_patch/releases.py.
 """
 
@@ -16,12 +16,10 @@ from typing import Optional, Sequence
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "support"), *map(str, HERE.parents[:2])]
 
-from patched_sglang import lay_out, run_python
+from patched_sglang import run_batches
 
 from prefill_patch import SOURCE, plugin
-from prefill_patch.errors import PatchError
 from prefill_patch.patch import Patch, inspect
-from prefill_patch.releases import BACKENDS, FA3
 from prefill_patch.target import open_target
 
 
@@ -36,14 +34,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print(f"  {problem}")
     if found.problems:
         return 1
-    backends = [*release.backends.values(), BACKENDS[FA3]]
-    try:
-        run_python(lay_out(str(target.root)).patched, "-m", "one_batch", "", *backends)
-    except (PatchError, RuntimeError) as error:
-        print(error)
+    done = run_batches(str(target.root), "-rfE")
+    print(done.stdout)
+    if done.returncode != 0:
         return 1
     print(
-        f"every place is found and one batch is right: add {target.version} to RELEASES "
+        f"every place is found and every batch is right: add {target.version} to RELEASES "
         f"with the digest {plugin.digest(target, Patch.load(release=release))} and what "
         f"else {release.version} has there, and run `make test-releases`"
     )

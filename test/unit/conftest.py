@@ -94,11 +94,10 @@ def unpatched(unpatched_results):
 def log(caplog, monkeypatch):
     """A function that gives the lines that the hook has logged, as in a new process; or
     those about something else that its module logs."""
-    from sglang.jit_kernel.utils import cache_once
     from sglang.srt.layers.attention import mla_fp8_prefill
 
     name = mla_fp8_prefill.__name__
-    log_once = cache_once(mla_fp8_prefill._log_once.__wrapped__)
+    log_once = mla_fp8_prefill.cache_once(mla_fp8_prefill._log_once.__wrapped__)
     monkeypatch.setattr(mla_fp8_prefill, "_log_once", log_once)
 
     def lines(about: str = "FP8 prefill preparation") -> list[str]:

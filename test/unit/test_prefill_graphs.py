@@ -68,7 +68,7 @@ def test_turned_off_for_the_backend_that_prefills(env, monkeypatch):
         dict(cache_dtype=torch.bfloat16),
         dict(cache_dtype=torch.float8_e5m2),
         dict(dtype=torch.float32),
-        dict(dims=DEEPSEEK, pool_class=batch_runs.nsa_pool),
+        dict(dims=DEEPSEEK, pool_class=batch_runs.dsa_pool),
     ],
     ids=["enforced", "decode-only", "bf16-cache", "e5m2-cache", "fp32", "nsa-pool"],
 )

@@ -574,8 +574,7 @@ class MLAFP8PrefillMixin:
                 self._prepare_composed(**inputs, scale_invs=scale_invs)
             mla_kv_pack_quantize_fp8(kv[..., :nope], k_pe, kv[..., nope:], *scale_invs)
 
-    @staticmethod
-    def _prefill_scale_invs(layer: RadixAttention) -> tuple[float, float]:
+    def _prefill_scale_invs(self, layer: RadixAttention) -> tuple[float, float]:
         """(1 / k_scale, 1 / v_scale) of the checkpoint."""
         k_scale, v_scale = layer.k_scale_float, layer.v_scale_float
         return (
@@ -820,10 +819,12 @@ class FA3FP8PrefillMixin(MLAFP8PrefillMixin):
     """The hook for ``FlashAttentionBackend``, where it runs MLA with FlashAttention-3.
 
     Its ``forward_extend`` casts q, k and v to the KV cache's dtype, and leaves what has
-    it already. It applies no scale of K and V.
+    it already. It divides by no scale of K and V.
     """
 
     attends_to_prefix_in_one_shot = True
+    # Whether it hands the kernel k_scale and v_scale, to multiply by.
+    prefill_kernel_has_kv_scales = False
     prefill_kernel_lse_base = "e"
     # Not counted: rows of padding are written too, to slot 0.
     num_prefill_tokens: Optional[int] = None
@@ -860,4 +861,6 @@ class FA3FP8PrefillMixin(MLAFP8PrefillMixin):
         return self.forward_metadata
 
     def _prefill_scale_invs(self, layer: RadixAttention) -> tuple[float, float]:
+        if self.prefill_kernel_has_kv_scales and layer.k_scale is not None:
+            return super()._prefill_scale_invs(layer)
         return 1.0, 1.0

@@ -30,10 +30,6 @@ LSE_SWITCH, LSE_AUTO, LSE_BASES = "SGLANG_MLA_FP8_PREFILL_LSE", "auto", ("2", "e
 # The distributions that the prefill path runs on.
 PACKAGES = ("torch", "triton", "flashinfer-python", "sglang-kernel", "tokenspeed-mla")
 
-_WITHOUT_GRAPHS = (
-    ", without prefill CUDA graphs unless it has --enforce-piecewise-cuda-graph"
-)
-
 OK, UNKNOWN, FAIL = "ok", "--", "FAIL"
 # How the self-test ends; a Python that fails ends with 1 or 2.
 SELFTEST_STATUS = {OK: 0, UNKNOWN: 3, FAIL: 4}
@@ -99,11 +95,14 @@ def run(args: argparse.Namespace, source: Path, target: Target) -> int:
     elif worst == UNKNOWN:
         print("verdict: cannot say, nothing failed but not all was checked, see --")
     else:
-        print(
-            "verdict: ready, a server started now with --attention-backend "
+        verdict = "ready, a server started now with --attention-backend "
+        verdict += (
             f"{' or '.join(backends)} and --kv-cache-dtype fp8_e4m3 uses the patch"
-            + (_WITHOUT_GRAPHS if found.release.graphs_off else "")
         )
+        if backends != [FA3]:
+            flag = found.release.graphs_flag
+            verdict += f", without prefill CUDA graphs unless it has {flag}"
+        print(f"verdict: {verdict}")
     return 0 if worst == OK else 1
 
 

@@ -39,6 +39,8 @@ _CUTEDSL_BACKENDS = {
     "cutedsl_mla": "cutedsl_mla_backend:CuteDslMLAPrefillBackend",
 }
 
+_PIECEWISE = "--enforce-piecewise-cuda-graph"
+
 
 @dataclass(frozen=True)
 class Release:
@@ -46,14 +48,15 @@ class Release:
 
     `names` are dotted names of the patch's sources and what they are here; a file of the
     patch moves with its module. `backends` are the attention backends with the hook that
-    need SM100, and `module:Class` of each. `graphs_off` says whether the patch turns
-    prefill CUDA graphs off, and `tests` whether a checkout gets the tests for SGLang's CI.
+    need SM100, and `module:Class` of each. `graphs_flag` is the flag of SGLang that
+    keeps the prefill CUDA graphs which the patch turns off there, and `tests` says whether
+    a checkout gets the tests for SGLang's CI.
     """
 
     version: str
     names: Mapping[str, str] = field(default_factory=dict)
     backends: Mapping[str, str] = field(default_factory=lambda: _BACKENDS)
-    graphs_off: bool = False
+    graphs_flag: str = "--cuda-graph-backend-prefill"
     tests: bool = False
 
     def renamed(self, code: str) -> str:
@@ -81,10 +84,10 @@ def _by_module(run: str) -> list[str]:
 
 
 RELEASES = (
-    Release("0.5.12", graphs_off=True, tests=True),
-    Release("0.5.12.post1", graphs_off=True, tests=True),
-    Release("0.5.13", _BESIDE_A_HOOK, graphs_off=True),
-    Release("0.5.13.post1", _BESIDE_A_HOOK, graphs_off=True),
+    Release("0.5.12", graphs_flag=_PIECEWISE, tests=True),
+    Release("0.5.12.post1", graphs_flag=_PIECEWISE, tests=True),
+    Release("0.5.13", _BESIDE_A_HOOK, graphs_flag=_PIECEWISE),
+    Release("0.5.13.post1", _BESIDE_A_HOOK, graphs_flag=_PIECEWISE),
     Release("0.5.14", _BESIDE_A_HOOK),
     Release("0.5.15", _BESIDE_A_HOOK),
     Release("0.5.15.post1", _BESIDE_A_HOOK),

@@ -357,13 +357,16 @@ class TestVerdict:
         last = capfd.readouterr().out.splitlines()[-1]
         assert last.startswith("verdict: ready")
         assert "--attention-backend trtllm_mla or tokenspeed_mla and" in last
-        assert "without prefill CUDA graphs unless" in last
+        flag = self.found.release.graphs_flag
+        assert last.endswith(f", without prefill CUDA graphs unless it has {flag}")
 
     def test_one_backend(self, packages, capfd):
         (packages / "tokenspeed_mla.dist-info/METADATA").unlink()
         assert self.run() == 1
         assert self.run("trtllm_mla") == 0
         assert "--attention-backend trtllm_mla and" in capfd.readouterr().out
+        assert self.run("fa3") == 0
+        assert "CUDA graphs" not in capfd.readouterr().out  # it keeps them
 
     @pytest.mark.parametrize("status, verdict", [(3, "cannot say"), (4, "not ready")])
     def test_selftest(self, status, verdict, capfd):

@@ -48,8 +48,10 @@ from sglang.srt.layers.attention.mla_fp8_prefill_internals import (
     attention_tp_size,
     attn_backend_of,
     decode_context_parallel,
+    disable_prefill_cuda_graphs,
     in_cuda_graph,
     kv_pool_of,
+    prefill_backend_name,
     write_loc,
 )
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
@@ -303,28 +305,28 @@ class MLAFP8PrefillMixin:
     @staticmethod
     def _disable_prefill_cuda_graphs(model_runner: ModelRunner) -> None:
         """Turn prefill CUDA graphs, piecewise or breakable, off where nothing else keeps
-        batches from the hook.
+        batches from the hook, unless the user chose them.
 
-        In a piecewise graph attention is absorbed and runs on FlashInfer's kernel, which
+        In such a graph attention is absorbed and runs on FlashInfer's kernel, which
         wants the layer's whole KV pool in the model's dtype. The model runner captures
-        after its backends are made. From 0.5.14 on there is no such setting.
+        after its backends are made.
         """
         server_args = model_runner.server_args
         if (
-            getattr(server_args, "disable_piecewise_cuda_graph", True)
-            or server_args.enforce_piecewise_cuda_graph
-            or server_args.get_attention_backends()[0] not in GRAPHLESS_BACKENDS
+            prefill_backend_name(server_args) not in GRAPHLESS_BACKENDS
+            or decode_context_parallel()
             or not any(
                 hasattr(module, "forward_normal_prepare")
                 for module in model_runner.model.modules()
             )
         ):
             return
-        server_args.disable_piecewise_cuda_graph = True
-        _log_once(
-            "Prefill CUDA graphs are turned off for FP8 prefill preparation; "
-            "--enforce-piecewise-cuda-graph keeps them"
-        )
+        flag = disable_prefill_cuda_graphs(server_args)
+        if flag is not None:
+            _log_once(
+                "Prefill CUDA graphs are turned off for FP8 prefill preparation; "
+                f"{flag} keeps them"
+            )
 
     def _decide_lse_base(self) -> Optional[str]:
         """The base of the log-sum-exps that go to a merge, 2 or e; None if it is not

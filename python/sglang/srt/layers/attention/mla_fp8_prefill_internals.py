@@ -5,7 +5,7 @@ Only this file knows: ``mla_fp8_prefill`` is the same for all of them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Optional, Union
 
 import torch
 
@@ -56,9 +56,15 @@ try:
 except ImportError:  # before 0.5.13
     forward_context = None
 
+try:
+    from sglang.srt.runtime_context import attention_backends, get_exec
+except ImportError:  # before 0.5.18
+    get_exec = None
+
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.server_args import ServerArgs
 
 
 def in_cuda_graph() -> bool:
@@ -80,6 +86,35 @@ def decode_context_parallel() -> bool:
     if hasattr(parallel, "dcp_enabled"):
         return parallel.dcp_enabled
     return dcp.dcp_enabled()  # 0.5.15
+
+
+def prefill_backend_name(server_args: ServerArgs) -> str:
+    """The attention backend of prefills, as the user or SGLang chose it."""
+    if get_exec is None:
+        return server_args.get_attention_backends()[0]
+    return attention_backends()[0]
+
+
+def disable_prefill_cuda_graphs(server_args: ServerArgs) -> Optional[str]:
+    """Turn prefill CUDA graphs off and return the flag that keeps them, or None where
+    they are off already or the user chose them."""
+    if hasattr(server_args, "enforce_piecewise_cuda_graph"):  # before 0.5.14
+        if (
+            server_args.disable_piecewise_cuda_graph
+            or server_args.enforce_piecewise_cuda_graph
+        ):
+            return None
+        server_args.disable_piecewise_cuda_graph = True
+        return "--enforce-piecewise-cuda-graph"
+    # What the model runner reads, from 0.5.19 on not in server_args.
+    args = server_args if get_exec is None else get_exec().graph
+    prefill = args.cuda_graph_config.prefill
+    backend = prefill.backend
+    chosen = ("prefill", "backend") in server_args._cuda_graph_config_locked
+    if chosen or backend == "disabled":
+        return None
+    prefill.backend = "disabled"
+    return f"--cuda-graph-backend-prefill={backend}"
 
 
 def attention_tp_size() -> int:

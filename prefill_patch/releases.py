@@ -67,9 +67,8 @@ class Release:
 
     `names` are dotted names of the patch's sources and what they are here; a file of the
     patch moves with its module. `backends` are the attention backends with the hook that
-    need SM100, and `module:Class` of each. `graphs_off` says whether the patch turns
-    prefill CUDA graphs off. `kernel_tests` is where the kernels' own tests go, and `tests`
-    says whether a checkout gets the tests of servers for SGLang's CI.
+    need SM100, and `module:Class` of each. `kernel_tests` is where the kernels' own tests
+    go, and `tests` says whether a checkout gets the tests of servers for SGLang's CI.
     `digest` is of the files as published that the patch edits (plugin.py).
     """
 
@@ -78,7 +77,6 @@ class Release:
     names: Mapping[str, str] = field(default_factory=dict)
     kernel_tests: Mapping[str, str] = field(default_factory=dict)
     backends: Mapping[str, str] = field(default_factory=lambda: _BACKENDS)
-    graphs_off: bool = False
     tests: bool = False
 
     def renamed(self, code: str) -> str:
@@ -110,11 +108,11 @@ def _by_module(run: str) -> list[str]:
 
 
 RELEASES = (
-    Release("0.5.12", "c22aa5d430f17d58", graphs_off=True, tests=True),
-    Release("0.5.12.post1", "c22aa5d430f17d58", graphs_off=True, tests=True),
-    Release("0.5.13", "b09d35244cec90d0", _BESIDE_A_HOOK, _BESIDE_OTHERS, graphs_off=True),
-    Release("0.5.13.post1", "b09d35244cec90d0", _BESIDE_A_HOOK, _BESIDE_OTHERS, graphs_off=True),
-    Release("0.5.14", "254453047374a7bd", _BESIDE_A_HOOK, _IN_REGISTERED, graphs_off=True),
+    Release("0.5.12", "c22aa5d430f17d58", tests=True),
+    Release("0.5.12.post1", "c22aa5d430f17d58", tests=True),
+    Release("0.5.13", "b09d35244cec90d0", _BESIDE_A_HOOK, _BESIDE_OTHERS),
+    Release("0.5.13.post1", "b09d35244cec90d0", _BESIDE_A_HOOK, _BESIDE_OTHERS),
+    Release("0.5.14", "254453047374a7bd", _BESIDE_A_HOOK, _IN_REGISTERED),
     Release("0.5.15", "4fbf0b0ef5988ff3", _SUITES_RENAMED, _IN_REGISTERED),
     Release("0.5.15.post1", "ebd3a00b231c60ba", _SUITES_RENAMED, _IN_REGISTERED),
     Release("0.5.16", "798125359bebb739", _SUITES_RENAMED, _IN_REGISTERED),
@@ -124,7 +122,13 @@ RELEASES = (
     Release("0.5.20", "20e13b2eb3947acb", _KERNELS_MOVED, _IN_REGISTERED_KERNELS),
     Release("0.5.21", "833b0913d62eb0d3", _KERNELS_MOVED, _IN_REGISTERED_KERNELS),
     Release("0.5.22", "ee850bb77cc6a1ca", _KERNELS_MOVED, _IN_REGISTERED_KERNELS),
-    Release("0.5.23", "f54be04177f3ff98", _KERNELS_MOVED, _IN_REGISTERED_KERNELS, _CUTEDSL_BACKENDS),
+    Release(
+        "0.5.23",
+        "f54be04177f3ff98",
+        _KERNELS_MOVED,
+        _IN_REGISTERED_KERNELS,
+        _CUTEDSL_BACKENDS,
+    ),
 )
 
 # The backends of all of them, which need SM100, and Hopper's, which all of them have.

@@ -22,6 +22,11 @@ BUILD = ROOT / ".build"
 # What the project's own processes import from, but for SGLang.
 PATHS = tuple(ROOT / part for part in ("", "test", "test/support", "test/tools"))
 
+OF_EVERY_RELEASE = (
+    "test/unit/test_every_batch.py",
+    "test/unit/test_prefill_graphs.py::test_the_log_names_the_flag_of_every_release",
+)
+
 
 class Trees(NamedTuple):
     """Folders for sys.path."""
@@ -102,12 +107,13 @@ def run_python(site: Path, *arguments: str, cwd: Optional[str] = None) -> str:
 
 
 def run_batches(sglang: str, *options: str) -> subprocess.CompletedProcess:
-    """Every kind of batch on a target, patched against unpatched, as pytest prints it."""
+    """Every kind of batch on a target, patched against unpatched, and where its prefill
+    graphs go off, as pytest prints it."""
     # Not as a worker of the pytest that may run this.
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     pytest = [sys.executable, "-m", "pytest", "-q", "--tb=short", f"--sglang={sglang}"]
     return subprocess.run(
-        [*pytest, *options, "test/unit/test_every_batch.py"],
+        [*pytest, *options, *OF_EVERY_RELEASE],
         cwd=ROOT,
         env=env,
         stdout=subprocess.PIPE,

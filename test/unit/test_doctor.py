@@ -380,6 +380,8 @@ class TestVerdict:
         assert self.run() == 1
         assert self.run("trtllm_mla") == 0
         assert "--attention-backend trtllm_mla and" in capfd.readouterr().out
+        assert self.run("fa3") == 0
+        assert "CUDA graphs" not in capfd.readouterr().out  # it keeps them
 
     @pytest.mark.parametrize("status, verdict", [(3, "cannot say"), (4, "not ready")])
     def test_selftest(self, status, verdict, capfd):

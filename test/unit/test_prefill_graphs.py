@@ -1,5 +1,7 @@
 """Which servers capture prefills in CUDA graphs, and where the patch turns that off."""
 
+import argparse
+import contextlib
 import dataclasses
 from types import SimpleNamespace
 
@@ -9,10 +11,15 @@ import pytest
 import torch
 from batch_cases import DEEPSEEK
 from mla_harness import TINY, make_env
+from sglang_internals import decode_context_parallel, publish
 from transformers import DeepseekV3Config
 
 from sglang.srt import server_args as server_args_module
-from sglang.srt.layers.attention.mla_fp8_prefill import GRAPHLESS_BACKENDS
+from sglang.srt.layers.attention import mla_fp8_prefill
+from sglang.srt.layers.attention.mla_fp8_prefill import (
+    GRAPHLESS_BACKENDS,
+    MLAFP8PrefillMixin,
+)
 from sglang.srt.model_executor import model_runner as model_runner_module
 
 SWITCH = "SGLANG_MLA_FP8_PREFILL"
@@ -143,3 +150,51 @@ def test_servers_that_have_prefill_graphs_in_sglang(
     )
     assert args.disable_piecewise_cuda_graph != has_graphs
     assert args.piecewise_cuda_graph_max_tokens == 2048
+
+
+def parse_graph_config(args) -> None:
+    """What SGLang makes of the flags, before it looks at GPU and model."""
+    if hasattr(args, "_parse_cuda_graph_config"):
+        args._parse_cuda_graph_config()
+        return
+    with contextlib.suppress(ImportError):  # before 0.5.14, the flags are all there is
+        from sglang.srt.arg_groups.cuda_graph_hook import parse_cuda_graph_config
+
+        parse_cuda_graph_config(args)
+
+
+def captures_prefills(*flags: str) -> bool:
+    """Whether the model runner of this SGLang does, asked after the hook."""
+    with contextlib.suppress(ImportError):  # before 0.5.14
+        from sglang.srt.model_executor import cuda_graph_config
+
+        cuda_graph_config.default_prefill_backend = lambda: "breakable"  # as on a GPU
+    parser = argparse.ArgumentParser()
+    server_args_module.ServerArgs.add_cli_args(parser)
+    flags = "--model-path", "dummy", "--device", "cpu", *flags
+    args = server_args_module.ServerArgs.from_cli_args(parser.parse_args(flags))
+    parse_graph_config(args)
+    publish(args)
+    model = torch.nn.Module()
+    model.forward_normal_prepare = None
+    runner = SimpleNamespace(server_args=args, model=model)
+    MLAFP8PrefillMixin._disable_prefill_cuda_graphs(runner)
+    if hasattr(args, "disable_piecewise_cuda_graph"):
+        return not args.disable_piecewise_cuda_graph
+    check = cuda_graph_config.check_cuda_graph_backend
+    off = cuda_graph_config.Backend.DISABLED
+    assert not check(cuda_graph_config.Phase.DECODE, off)
+    return not check(cuda_graph_config.Phase.PREFILL, off)
+
+
+def test_the_log_names_the_flag_of_every_release(monkeypatch):
+    """Run on all of them, by `run_batches`."""
+    lines = []
+    monkeypatch.setattr(mla_fp8_prefill, "_log_once", lines.append)
+    assert captures_prefills("--attention-backend", "flashinfer")
+    trtllm_mla = "--attention-backend", "trtllm_mla"
+    with contextlib.suppress(ImportError), decode_context_parallel():  # from 0.5.15 on
+        assert captures_prefills(*trtllm_mla)
+    assert not lines and not captures_prefills(*trtllm_mla)
+    flag = lines[0].removesuffix(" keeps them").split()[-1]
+    assert captures_prefills(*trtllm_mla, flag) and len(lines) == 1

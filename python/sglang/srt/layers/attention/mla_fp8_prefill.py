@@ -56,9 +56,10 @@ from sglang.srt.layers.attention.mla_fp8_prefill_internals import (
     attention_tp_size,
     attn_backend_of,
     decode_context_parallel,
-    disable_piecewise_prefill_graphs,
+    disable_prefill_cuda_graphs,
     in_cuda_graph,
     kv_pool_of,
+    prefill_backend_name,
     write_loc,
 )
 from sglang.srt.layers.linear import ColumnParallelLinear
@@ -353,18 +354,23 @@ class MLAFP8PrefillMixin:
     @staticmethod
     def _disable_prefill_cuda_graphs(model_runner: ModelRunner) -> None:
         """Turn prefill CUDA graphs, piecewise or breakable, off where nothing else keeps
-        batches from the hook.
+        batches from the hook, unless the user chose them.
 
-        In a piecewise graph attention is absorbed and runs on FlashInfer's kernel, which
-        wants the layer's whole KV pool in the model's dtype.
+        In such a graph attention is absorbed and runs on FlashInfer's kernel, which
+        wants the layer's whole KV pool in the model's dtype. The model runner captures
+        after its backends are made.
         """
         server_args = model_runner.server_args
-        if server_args.get_attention_backends()[0] not in GRAPHLESS_BACKENDS or not any(
-            hasattr(module, "forward_normal_prepare")
-            for module in model_runner.model.modules()
+        if (
+            prefill_backend_name(server_args) not in GRAPHLESS_BACKENDS
+            or decode_context_parallel()
+            or not any(
+                hasattr(module, "forward_normal_prepare")
+                for module in model_runner.model.modules()
+            )
         ):
             return
-        flag = disable_piecewise_prefill_graphs(server_args)
+        flag = disable_prefill_cuda_graphs(server_args)
         if flag is not None:
             _log_once(
                 "Prefill CUDA graphs are turned off for FP8 prefill preparation; "

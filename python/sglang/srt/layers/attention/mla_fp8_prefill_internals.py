@@ -58,6 +58,11 @@ try:
 except ImportError:  # before 0.5.13
     forward_context = None
 
+try:
+    from sglang.srt.runtime_context import attention_backends, get_exec
+except ImportError:  # before 0.5.18
+    get_exec = None
+
 # From 0.5.17 on RadixAttention takes K to have q's number of rows, unless it is told.
 _COUNTS_KEYS = "key_value_num_tokens" in signature(RadixAttention.forward).parameters
 
@@ -78,28 +83,6 @@ def in_cuda_graph() -> bool:
     )
 
 
-def disable_piecewise_prefill_graphs(server_args: ServerArgs) -> Optional[str]:
-    """Turn prefill CUDA graphs off where they would be piecewise or breakable by default;
-    returns the flag that keeps them, or None where nothing was turned off.
-
-    The model runner captures after its backends are made.
-    """
-    config = getattr(server_args, "cuda_graph_config", None)
-    if config is not None:  # from 0.5.14 on; breakable ones are off for MLA there
-        chosen = ("prefill", "backend") in server_args._cuda_graph_config_locked
-        if chosen or config.prefill.backend != "tc_piecewise":
-            return None
-        config.prefill.backend = "disabled"
-        return "--cuda-graph-backend-prefill=tc_piecewise"
-    if (
-        getattr(server_args, "disable_piecewise_cuda_graph", True)
-        or server_args.enforce_piecewise_cuda_graph
-    ):
-        return None
-    server_args.disable_piecewise_cuda_graph = True
-    return "--enforce-piecewise-cuda-graph"
-
-
 def decode_context_parallel() -> bool:
     """Whether out_cache_loc counts the slots of several ranks."""
     if dcp is None:
@@ -108,6 +91,35 @@ def decode_context_parallel() -> bool:
     if hasattr(parallel, "dcp_enabled"):
         return parallel.dcp_enabled
     return dcp.dcp_enabled()  # 0.5.15
+
+
+def prefill_backend_name(server_args: ServerArgs) -> str:
+    """The attention backend of prefills, as the user or SGLang chose it."""
+    if get_exec is None:
+        return server_args.get_attention_backends()[0]
+    return attention_backends()[0]
+
+
+def disable_prefill_cuda_graphs(server_args: ServerArgs) -> Optional[str]:
+    """Turn prefill CUDA graphs off and return the flag that keeps them, or None where
+    they are off already or the user chose them."""
+    if hasattr(server_args, "enforce_piecewise_cuda_graph"):  # before 0.5.14
+        if (
+            server_args.disable_piecewise_cuda_graph
+            or server_args.enforce_piecewise_cuda_graph
+        ):
+            return None
+        server_args.disable_piecewise_cuda_graph = True
+        return "--enforce-piecewise-cuda-graph"
+    # What the model runner reads, from 0.5.19 on not in server_args.
+    args = server_args if get_exec is None else get_exec().graph
+    prefill = args.cuda_graph_config.prefill
+    backend = prefill.backend
+    chosen = ("prefill", "backend") in server_args._cuda_graph_config_locked
+    if chosen or backend == "disabled":
+        return None
+    prefill.backend = "disabled"
+    return f"--cuda-graph-backend-prefill={backend}"
 
 
 def attention_tp_size() -> int:

@@ -30,7 +30,7 @@ from gpu_stand_ins import KERNELS, KernelCall
 from mla_standin import kernels
 from patched_sglang import ROOT
 from sglang_cpu import DEVICE, HAS_GPU
-from sglang_internals import running
+from sglang_internals import parse_graph_config, running
 
 # The unpatched SGLang has no fp8_reference.
 sys.path.append(str(ROOT / "python/sglang/jit_kernel/tests"))
@@ -153,6 +153,7 @@ def make_server_args(backend: str, **overrides):
         if not hasattr(args, name):
             raise AttributeError(f"ServerArgs has no field {name!r}")
         setattr(args, name, value)
+    parse_graph_config(args)
     return args
 
 

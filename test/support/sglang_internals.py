@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from contextlib import contextmanager, nullcontext
+import sys
+from contextlib import contextmanager, nullcontext, suppress
 from types import ModuleType, SimpleNamespace
 from typing import Any, Callable, ContextManager, Iterator
 from unittest import mock
@@ -37,6 +38,12 @@ def _module(*homes: str) -> ModuleType:
 
 # What this SGLang is, or was taken for by the patch.
 RELEASE = next(candidates(stated(__version__)))
+
+if RELEASE.version == "0.5.15" and not sglang_cpu.HAS_GPU:
+    # It imports cutlass, for a kernel that nothing here calls.
+    _kernel = ModuleType("sglang.jit_kernel.dsa.cutedsl_paged_mqa_logits")
+    _kernel.__getattr__ = lambda name: None
+    sys.modules[_kernel.__name__] = _kernel
 
 # Whether fa3's kernel is handed k_scale and v_scale in a prefill of MLA.
 FA3_HAS_KV_SCALES = ordered(RELEASE.version) >= ordered("0.5.16")
@@ -71,6 +78,17 @@ if hasattr(ForwardMode, "DRAFT_EXTEND"):
     DRAFT_EXTEND = ForwardMode.DRAFT_EXTEND
 else:  # from 0.5.14 on
     DRAFT_EXTEND = ForwardMode.DRAFT_EXTEND_V2
+
+
+def parse_graph_config(args: Any) -> None:
+    """What SGLang makes of the flags for CUDA graphs, before it looks at GPU and model."""
+    if hasattr(args, "_parse_cuda_graph_config"):
+        args._parse_cuda_graph_config()
+        return
+    with suppress(ImportError):  # before 0.5.14, the flags are all there is
+        from sglang.srt.arg_groups.cuda_graph_hook import parse_cuda_graph_config
+
+        parse_cuda_graph_config(args)
 
 
 def publish(server_args: Any) -> None:

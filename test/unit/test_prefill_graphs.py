@@ -11,7 +11,7 @@ import pytest
 import torch
 from batch_cases import DEEPSEEK
 from mla_harness import TINY, make_env
-from sglang_internals import decode_context_parallel, publish
+from sglang_internals import decode_context_parallel, parse_graph_config, publish
 from transformers import DeepseekV3Config
 
 from sglang.srt import server_args as server_args_module
@@ -150,17 +150,6 @@ def test_servers_that_have_prefill_graphs_in_sglang(
     )
     assert args.disable_piecewise_cuda_graph != has_graphs
     assert args.piecewise_cuda_graph_max_tokens == 2048
-
-
-def parse_graph_config(args) -> None:
-    """What SGLang makes of the flags, before it looks at GPU and model."""
-    if hasattr(args, "_parse_cuda_graph_config"):
-        args._parse_cuda_graph_config()
-        return
-    with contextlib.suppress(ImportError):  # before 0.5.14, the flags are all there is
-        from sglang.srt.arg_groups.cuda_graph_hook import parse_cuda_graph_config
-
-        parse_cuda_graph_config(args)
 
 
 def captures_prefills(*flags: str) -> bool:

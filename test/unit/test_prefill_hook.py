@@ -588,21 +588,20 @@ def specializations(monkeypatch):
 
 class TestStart:
     @pytest.mark.parametrize(
-        "backend, layer",
+        "backend, gemm, layer",
         [
-            ("trtllm_mla", {}),
-            ("trtllm_mla", dict(is_neox=True)),
-            ("trtllm_mla", dict(rope=None)),
-            ("trtllm_mla", dict(k_scale=0.5, v_scale=4.0)),
-            ("trtllm_mla", dict(v_scale=4.0, dtype=torch.float16)),
-            ("fa3", dict(k_scale=0.5, v_scale=4.0)),
-            ("fa3", dict(rope=None)),
+            ("trtllm_mla", "on", {}),
+            ("trtllm_mla", "off", dict(is_neox=True)),
+            ("trtllm_mla", "off", dict(rope=None)),
+            ("trtllm_mla", "off", dict(k_scale=0.5, v_scale=4.0)),
+            ("trtllm_mla", "on", dict(v_scale=4.0, dtype=torch.float16)),
+            ("fa3", "on", dict(k_scale=0.5, v_scale=4.0)),
+            ("fa3", "off", dict(rope=None)),
         ],
     )
-    @pytest.mark.parametrize("gemm", ["on", "off"])
     @with_each_producer
     def test_requests_launch_what_ran_before(
-        self, producer, gemm, backend, layer, flashinfer, monkeypatch, specializations
+        self, producer, backend, gemm, layer, flashinfer, monkeypatch, specializations
     ):
         """The kernels' constants, and the types and the alignment of what else they are
         given and specialize on."""

@@ -177,8 +177,12 @@ def run_sections(
             label = f"{case.name}, {case.backend}"
             together.append(("compare", label, pair(case, (gpu,))))
     parallel = [
-        ("parallel", f"{case.name}, {case.backend}", pair(case, gpus))
-        for case in two_gpu_cases()
+        (
+            "fa3" if case.backend == FA3 else "parallel",
+            f"{case.name}, {case.backend}",
+            pair(case, gpus),
+        )
+        for case in (two_gpu_cases() if len(gpus) > 1 else ())
     ]
     job = functools.partial(run_load, run, FA3, gpus[0], kill=True)
     together.append(("fa3", "load, fa3", job))

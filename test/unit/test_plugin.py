@@ -49,7 +49,7 @@ def python(wheel, tmp_path):
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     (site / "base.pth").write_text(sysconfig.get_path("purelib"))
 
-    def run(folder: Path, *arguments, executable=executable, **environ):
+    def run(folder: Path, *arguments, **environ):
         others = {k: v for k, v in os.environ.items() if k != "SGLANG_PLUGINS"}
         return subprocess.run(
             [executable, *map(str, arguments)],
@@ -151,7 +151,7 @@ def test_what_cannot_be_edited_does_not_start(python, sglang):
 def test_what_was_imported_before_does_not_start(python, sglang):
     """A Python that finds the package where it reads no .pth file."""
     code = "from sglang.srt.plugins import load_plugins; load_plugins(); print('on')"
-    paths = os.pathsep.join(map(str, (sglang, python.site)))
-    done = python(paths, "-c", code, executable=sys.executable)
+    folders = sglang, python.site, sysconfig.get_path("purelib")
+    done = python(os.pathsep.join(map(str, folders)), "-S", "-c", code)
     assert (done.returncode, done.stdout) == (1, "")
     assert "sglang.srt.environ was imported before" in done.stderr

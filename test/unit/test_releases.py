@@ -65,7 +65,7 @@ def test_round_trip(release, tmp_path, capfdbinary):
         assert snapshot(tree) == original
 
 
-@releases(*IN_FULL, *FIRST_OF_A_KIND)
+@releases(*IN_FULL)
 def test_lines_are_formatted_as_upstream_wants_them(release, tmp_path):
     """black, isort and no unused import, where upstream's own lines are as well."""
     patch = Patch.load(release=release)

@@ -25,6 +25,7 @@ import torch
 from mla_harness import Batch, Env, reference
 from mla_standin import kernels
 from sglang_internals import RELEASE, backend_class, running
+from trial.layer_cases import CASES, PARTS
 
 from prefill_patch.doctor import GEMM_SWITCH, SWITCH
 from prefill_patch.releases import FA3
@@ -34,24 +35,8 @@ SETTINGS = {
     "unpatched": {},
     "GEMM off": {SWITCH: "fused", GEMM_SWITCH: "off"},
     "GEMM on": {SWITCH: "fused", GEMM_SWITCH: "on"},
+    "auto": {SWITCH: "fused", GEMM_SWITCH: "auto"},
 }
-# Requests' new tokens, cached ones before them, chunks of these, rows of padding.
-CASES = {
-    "causal": dict(extend_lens=[1100, 77, 1]),
-    "behind chunks": dict(extend_lens=[900, 200], prefix_lens=[2600, 1400], chunks=2),
-    "requests without keys": dict(
-        extend_lens=[700, 333, 65], prefix_lens=[2100, 0, 130], chunks=2
-    ),
-    "padding in NaN memory": dict(
-        extend_lens=[1000, 130], prefix_lens=[0, 600], chunks=1, pad_rows=14
-    ),
-}
-# New tokens of one request, and cached ones before them.
-TIMES = (
-    *((1024, 0), (2048, 0), (4096, 0), (8192, 0), (16384, 0), (32768, 0)),
-    *((2048, 8192), (8192, 8192)),
-)
-PARTS = ("preparation", "attention", "other")
 ATTENTION, OTHER = (f"trial.{part}" for part in PARTS[1:])
 LAYERS, WARM = 4, 2
 # DeepSeek-V3's, for all of its heads: of a dense layer, and of the experts that a token
@@ -289,6 +274,8 @@ class Layer:
             trace = Path(folder, "trace.json")
             done.export_chrome_trace(str(trace))
             found = parts_of(json.loads(trace.read_text())["traceEvents"])
+        if not found["preparation"]:
+            raise RuntimeError("the profiler sees no kernels")
         return {part: value / LAYERS for part, value in found.items()}
 
     def unload(self) -> None:

@@ -27,7 +27,7 @@ SIDES = {"off": {SWITCH: OFF}, "on": {}}
 START_SECONDS = 3600  # of a large checkpoint on a cold disk
 NEW_TOKENS = 32
 # As long as log-probabilities of a large vocabulary fit in what a server leaves free.
-ASKED, LENGTHS = 512, (100, 300, 500, 512, 4096) * 2
+ASKED, LENGTHS = 512, (101, 300, 500, 512, 4096) * 2
 # Whole pages of any size up to 128; behind less, fa3 absorbs.
 PREFIX, BEHIND = 8320, (100, 300, 400, 500)
 PIECE = 1500  # characters that are tokenized at once
@@ -87,18 +87,17 @@ def questions(server: Server) -> dict[str, list[Prompt]]:
     """Prompts of this project's own text, by scenario; where the server tokenizes none,
     of random tokens."""
     needed = sum(LENGTHS) + 2 * (PREFIX + sum(BEHIND))
-    paths = [*sorted(ROOT.rglob("docs/*.md")), *sorted(ROOT.glob("*/**/*.py"))]
-    text = "\n".join(path.read_text() for path in paths)
     ids: list[int] = []
-    while len(ids) < needed:
-        piece, text = text[:PIECE], text[PIECE:]
-        more = tokens_of(server, piece) if piece else []
-        if not more:
+    for path in (*sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("test/**/*.py"))):
+        text = path.read_text()
+        for start in range(0, len(text), PIECE):
+            if len(ids) >= needed:
+                break
+            ids += tokens_of(server, text[start : start + PIECE])
+        if not ids:
             ids = (
                 np.random.default_rng(0).integers(profiles.VOCAB, size=needed).tolist()
             )
-            break
-        ids += more
 
     def take(count: int) -> list[int]:
         taken, ids[:count] = ids[:count], []

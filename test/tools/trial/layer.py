@@ -50,23 +50,25 @@ class Attention:
     """The prefill attention kernel of a backend, in a profiler range."""
 
     def __init__(self, backend: str):
-        gpus, _ = visible_gpus()
         module = sys.modules[backend_class(backend).__module__]
-        holder, self.name = module, "flash_attn_varlen_func"
-        real = gpu_stand_ins.REPLACED.get(self.name) if gpu_stand_ins.HAS_FA3 else None
-        if backend != FA3:
-            real = None
-        if backend == "tokenspeed_mla":
-            holder, self.name = module.tokenspeed_mla, "tokenspeed_mla_prefill"
-            package = gpu_stand_ins.REPLACED.get("tokenspeed_mla")
-            if package is not None and runs_attention(gpus):
-                holder = module.tokenspeed_mla = package
-                real = package.tokenspeed_mla_prefill
-        elif backend != FA3:
-            holder, self.name = module.flashinfer.prefill, "trtllm_ragged_attention"
-            self.name += "_deepseek"
-            if runs_attention(gpus):
-                real = gpu_stand_ins.REPLACED.get(self.name)
+        replaced, real = gpu_stand_ins.REPLACED, None
+        sm100 = runs_attention(visible_gpus()[0])
+        if backend == FA3:
+            holder, self.name = module, "flash_attn_varlen_func"
+            if gpu_stand_ins.HAS_FA3:
+                real = replaced[self.name]
+        elif backend == "tokenspeed_mla":
+            holder, self.name = gpu_stand_ins.TOKENSPEED, "tokenspeed_mla_prefill"
+            if sm100 and replaced.get(backend) is not None:
+                holder = module.tokenspeed_mla = replaced[backend]
+                real = getattr(holder, self.name)
+        else:
+            self.name = "trtllm_ragged_attention_deepseek"
+            holder = gpu_stand_ins.FLASHINFER.prefill
+            if harness.HAS_GPU:
+                holder = sys.modules["flashinfer.prefill"]
+            if sm100:
+                real = replaced[self.name]
         self.real: Callable | None = real
         self.stand_in: Callable = getattr(kernels, self.name)
         self.returned: list[tuple[torch.Tensor, torch.Tensor | None]] = []
@@ -315,7 +317,7 @@ def parts_of(events: Iterable[dict[str, Any]]) -> dict[str, float]:
     ranges = [
         (e["ts"], e["ts"] + e["dur"], e["name"])
         for e in complete
-        if e["cat"] == "user_annotation" and e["name"] in (ATTENTION, OTHER)
+        if not e["cat"].startswith("gpu") and e["name"] in (ATTENTION, OTHER)
     ]
     launched = {
         e["args"]["correlation"]: e["ts"]
@@ -325,9 +327,9 @@ def parts_of(events: Iterable[dict[str, Any]]) -> dict[str, float]:
     }
     found = dict.fromkeys((*PARTS, "launches"), 0.0)
     for e in complete:
-        if e["cat"] not in ("kernel", "gpu_memcpy", "gpu_memset"):
+        at = launched.get(e.get("args", {}).get("correlation"))
+        if at is None or e["cat"] not in ("kernel", "gpu_memcpy", "gpu_memset"):
             continue
-        at = launched[e["args"]["correlation"]]
         names = [name for start, end, name in ranges if start <= at <= end]
         part = names[0].partition(".")[2] if names else "preparation"
         found[part] += e["dur"]

@@ -29,7 +29,7 @@ NEW_TOKENS = 32
 # As long as log-probabilities of a large vocabulary fit in what a server leaves free.
 ASKED, LENGTHS = 512, (101, 300, 500, 512, 4096) * 2
 # Whole pages of any size up to 128; behind less, fa3 absorbs.
-PREFIX, BEHIND = 8320, (100, 300, 400, 500)
+PREFIX, BEHIND = 8320, (60, 120, 200, 300)
 PIECE = 1500  # characters that are tokenized at once
 # (new tokens, cached ones before them) of one prompt; (prompts, tokens of each) at once.
 FIRST_TOKEN = ((1024, 0), (8192, 0), (2048, PREFIX))

@@ -150,8 +150,8 @@ def results(**changes):
     setup |= dict(kernel="flash_attn", default="GEMM on", own_hook=False, machine="X")
     rows = [accurate("unpatched", 3000), accurate("GEMM off"), accurate("GEMM on")]
     times = [timed(unpatched=300, GEMM_off=120, GEMM_on=100)]
-    found = dict(setup=setup, checks=[[OK, "GPU", "one"]], accuracy=rows, times=times)
-    return {**found, "incomplete": [], **changes}
+    found = dict(setup=setup, versions=[], checks=[[OK, "GPU", "one"]], accuracy=rows)
+    return {**found, "times": times, "incomplete": [], **changes}
 
 
 def with_row(row):

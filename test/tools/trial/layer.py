@@ -81,7 +81,7 @@ class Attention:
         if self.real is not None:
             result = self._run(self.real, arguments)
         if self._records:
-            out, lse = result if isinstance(result, tuple) else (result, None)
+            out, lse, *_ = result if isinstance(result, tuple) else (result, None)
             self.returned.append((out.clone(), None if lse is None else lse.clone()))
         return result
 

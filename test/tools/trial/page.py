@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trial.verdict import GEMM, UNPATCHED, saved, shown, speed, total
+from trial.verdict import UNPATCHED, saved, shown, speed, total
 
 from prefill_patch.doctor import OK
 
@@ -22,7 +22,8 @@ def text(results: Mapping[str, Any]) -> str:
         f"{setup['backend']}{hook}, {setup['heads']} heads a rank, {setup['patch']}",
         f"attention: {kernel}",
     ]
-    lines += ["{:<4} {}: {}".format(*x) for x in results["checks"] if x[0] != OK]
+    checks = (*results["versions"], *results["checks"])
+    lines += ["{:<4} {}: {}".format(*x) for x in checks if x[0] != OK]
     for title, part in (
         ("Against float64", accuracy(results["accuracy"])),
         ("GPU microseconds a layer", times(results["times"])),
@@ -51,7 +52,7 @@ def accuracy(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     cells = [["case", "", *names, "attention", "kernel", "log-sum-exp"]]
     for row in rows:
         if "error" in row:
-            cells.append([row["case"], row["setting"], row["error"][:60]] + [""] * 6)
+            cells.append([row["case"], row["setting"], *[""] * 6, row["error"][:60]])
             continue
         parts = [row["operands"][name] for name in names]
         kernel = row["kernel"]
@@ -71,28 +72,20 @@ def accuracy(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def times(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not rows:
         return []
-    settings = [s for s in (UNPATCHED, *GEMM) if any(s in row["us"] for row in rows)]
-    cells = [["tokens", "behind"]]
-    cells[0] += [f"prep. {setting}" for setting in settings]
-    cells[0] += ["attention", "layer"]
-    cells[0] += [f"with attention, {s} / {UNPATCHED}" for s in settings[1:]]
-    cells[0] += [f"of a layer, {s}" for s in settings[1:]]
+    parts = ("launches", "preparation", "attention", "sum")
+    cells = [["tokens", "behind", "", *parts, "to unpatched", "of a layer"]]
     for row in rows:
-        us = row["us"]
-        if UNPATCHED not in us:
-            continue
-        old = us[UNPATCHED]
-        line = [str(row["tokens"]), str(row["prefix"])]
-        line += [_median(us[s]["preparation"]) if s in us else "-" for s in settings]
-        layer = [a + b for a, b in zip(total(old), old["other"])]
-        line += [_median(old["attention"]), _median(layer)]
-        ours = settings[1:]
-        line += [shown(speed(row, s)) if s in us else "-" for s in ours]
-        line += [f"{-saved(row, s):+.1%}" if s in us else "-" for s in ours]
-        cells.append(line)
+        batch = [str(row["tokens"]), str(row["prefix"])]
+        for setting, us in row["us"].items():
+            line = [*batch, setting, _median(us["launches"])]
+            line += [_median(us["preparation"]), _median(us["attention"])]
+            line += [_median(total(us)), "", ""]
+            if setting != UNPATCHED and UNPATCHED in row["us"]:
+                line[-2:] = shown(speed(row, setting)), f"{-saved(row, setting):+.1%}"
+            cells.append(line)
     return [
-        "  prep.: kv_b_proj, all up to attention, merges of prefix chunks; layer: with",
-        "  projections, norms and a BF16 MLP of DeepSeek-V3's width; no communication",
+        "  preparation: kv_b_proj, all up to attention, merges of prefix chunks; a layer:",
+        "  with projections, norms and a BF16 MLP of DeepSeek-V3's width",
         *table(cells),
     ]
 

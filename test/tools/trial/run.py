@@ -108,6 +108,7 @@ class Trial:
                 "kernel": "the attention kernel",
                 "installed": patch.mark == OK,
             },
+            "versions": [],
             "checks": [],
             "accuracy": [],
             "times": [],
@@ -124,20 +125,23 @@ class Trial:
     def check(self) -> None:
         """Doctor's checks of the versions, and its self-test on the patched copy."""
         self.say(f"checks, for {self.backend}")
-        checks = [doctor.check_release(self.found)]
-        checks += doctor.check_backends(self.found, [self.backend])
-        if self.backend == "trtllm_mla":
-            checks.append(doctor.check_lse(os.environ, doctor.flashinfer_lse_base()))
-        checks += doctor.check_versions(self.found.target, [self.backend])
+        trtllm = self.backend == "trtllm_mla"
+        lse = doctor.check_lse(os.environ, doctor.flashinfer_lse_base())
+        checks = [
+            doctor.check_release(self.found),
+            *doctor.check_backends(self.found, [self.backend]),
+            *([lse] if trtllm else []),
+        ]
+        versions = [*doctor.check_versions(self.found.target, [self.backend])]
         with Side(self.trees.patched, self.folder / "selftest.log") as side:
             try:
-                checks += [
-                    doctor.Check(*x) for x in side.ask("selftest", backend=self.backend)
-                ]
+                tested = side.ask("selftest", backend=self.backend)
+                checks += [doctor.Check(*check) for check in tested]
             except SideFailed as error:
                 checks.append(doctor.Check(FAIL, "self-test", str(error)))
-        for check in checks:
+        for check in (*versions, *checks):
             print(check, flush=True)
+        self.results["versions"] = [list(check) for check in versions]
         self.results["checks"] = [list(check) for check in checks]
 
     def try_layer(self) -> None:

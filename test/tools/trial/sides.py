@@ -13,6 +13,9 @@ from typing import Any
 from patched_sglang import PATHS
 
 
+OPTIONS = ("-W", "ignore", "-X", "faulthandler")
+
+
 class SideFailed(Exception):
     """A side could not answer: what it raised, or how its process ended."""
 
@@ -28,7 +31,7 @@ class Side:
         paths = [str(site), *map(str, PATHS), os.environ.get("PYTHONPATH")]
         with open(log, "a") as stream:
             self.process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", "trial.worker"],
+                [sys.executable, *OPTIONS, "-m", "trial.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stream,
@@ -72,7 +75,8 @@ class Side:
             end = f"did not answer within {self.seconds:g} s"
             if not killed.is_set():
                 end = f"its process ended with status {self.process.wait()}"
-            raise SideFailed(f"{end}; see {self.log}")
+            printed = self.log.read_text(errors="replace").strip().splitlines()
+            raise SideFailed("; ".join([end, *printed[-1:]]))
         answer = json.loads(line)
         if "error" in answer:
             raise SideFailed(answer["error"])

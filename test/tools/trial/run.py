@@ -22,12 +22,14 @@ from trial.sides import Side, SideFailed
 from trial.verdict import EXIT, GEMM, UNPATCHED, decide
 
 from prefill_patch import doctor, plugin
-from prefill_patch.doctor import FAIL, OK
+from prefill_patch.doctor import FAIL
 from prefill_patch.errors import PatchError
 from prefill_patch.patch import Inspection
 
 ROUNDS = 9
 AUTO = "auto"
+# Of a GPU that something else is on.
+OUT_OF_MEMORY = "OutOfMemoryError"
 
 
 def run(
@@ -46,6 +48,11 @@ def run(
     """
     if server_arguments is not None:
         check_installed(found)
+    try:
+        if json_file is not None:
+            Path(json_file).touch()
+    except OSError as error:
+        raise PatchError(f"{json_file}: {error.strerror}") from None
     with ending_on_signals(), tempfile.TemporaryDirectory() as scratch:
         trial = Trial(found, backend, heads, Path(scratch))
         try:
@@ -102,11 +109,9 @@ class Trial:
                 "sglang": found.target.version,
                 "backend": backend,
                 "heads": heads,
-                "patch": f"installed SGLang: {found.state.value}"
-                + (", by the plug-in" if plugin.serves(found.target) else ""),
+                "patch": f"installed SGLang: {patch.text}",
                 "real": False,
                 "kernel": "the attention kernel",
-                "installed": patch.mark == OK,
             },
             "versions": [],
             "checks": [],
@@ -158,6 +163,10 @@ class Trial:
                     try:
                         row |= self.ask(setting, "compare", case=case)
                     except SideFailed as error:
+                        if OUT_OF_MEMORY in str(error):
+                            what = f"{case}, {setting}: {error}"
+                            self.results["incomplete"].append(what)
+                            continue
                         row["error"] = str(error)
                     self.results["accuracy"].append(row)
             for tokens, prefix in TIMES:

@@ -12,7 +12,6 @@ from typing import Any
 
 from patched_sglang import PATHS
 
-
 OPTIONS = ("-W", "ignore", "-X", "faulthandler")
 
 

@@ -16,7 +16,7 @@ from typing import Any, Optional
 from unittest import mock
 
 import patched_sglang
-from trial import page, server
+from trial import page
 from trial.layer_cases import CASES, PARTS, TIMES
 from trial.sides import Side, SideFailed
 from trial.verdict import EXIT, GEMM, UNPATCHED, decide
@@ -226,6 +226,9 @@ class Trial:
         return us
 
     def try_server(self, arguments: Sequence[str]) -> None:
+        """The user's server with the hook off and on."""
+        from trial import server  # which takes seconds to import
+
         def make(side: str, env: Any) -> server.UserServer:
             return server.UserServer(self.folder / side, arguments, env)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from prefill_patch import SOURCE, doctor, install, plugin
+from prefill_patch import SOURCE, doctor, install, plugin, trial
 from prefill_patch.errors import PatchError
 from prefill_patch.patch import Inspection, State, inspect
 from prefill_patch.releases import stated
@@ -158,6 +158,14 @@ COMMANDS = (
         "0 if a server started now uses the patch, 1 if not or unsure, 2 no SGLang",
         doctor.run,
         doctor.add_options,
+    ),
+    Command(
+        "trial",
+        "try",
+        "0 adopt, 1 do not, 2 could not be tried, 3 adopt with a setting, 4 no GPU, "
+        "5 cannot say",
+        trial.run,
+        trial.add_options,
     ),
 )
 

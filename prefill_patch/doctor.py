@@ -62,9 +62,9 @@ def print_all(checks: Iterable[Check]) -> str:
     return next(mark for mark in (FAIL, UNKNOWN, OK) if mark in marks)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    # Unlike the other commands this one knows a TARGET by itself: its --sglang takes
-    # the place of the required one.
+def add_target_option(parser: argparse.ArgumentParser) -> None:
+    """Unlike the other commands these know a TARGET by themselves: their --sglang takes
+    the place of the required one."""
     replaced = parser.add_argument_group("target", conflict_handler="resolve")
     replaced.add_argument(
         "--sglang",
@@ -73,6 +73,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=_target_or_installed,
         help="what the other commands take (default: %(default)s)",
     )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_target_option(parser)
     parser.add_argument(
         "--backend",
         choices=BACKENDS,

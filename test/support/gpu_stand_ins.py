@@ -83,6 +83,8 @@ class Kernels:
 
 
 KERNELS = Kernels()
+# What the stand-ins have replaced, by name, where it can be imported.
+REPLACED: dict[str, Any] = {}
 kernels.SETTINGS.listener = KERNELS.record
 kernels.SETTINGS.dtype = torch.float64
 kernels.SETTINGS.any_head_dim = True
@@ -309,12 +311,14 @@ def _unpinned(factory):
 def _install_stand_ins() -> None:
     from sglang.srt.layers.attention import flashattention_backend
 
+    REPLACED["flash_attn_varlen_func"] = flashattention_backend.flash_attn_varlen_func
     flashattention_backend.flash_attn_varlen_func = _recorded(
         flashattention_backend.flash_attn_varlen_func
     )
     modules = {sys.modules[backend_class(name).__module__] for name in RELEASE.backends}
     for module in modules:
         if hasattr(module, "is_tokenspeed_mla_available"):
+            REPLACED["tokenspeed_mla"] = getattr(module, "tokenspeed_mla", None)
             module.tokenspeed_mla = TOKENSPEED
             module.is_tokenspeed_mla_available = lambda: True
     if HAS_GPU:
@@ -323,6 +327,7 @@ def _install_stand_ins() -> None:
 
         for name in ("prefill", "decode"):
             for function, stand_in in vars(getattr(FLASHINFER, name)).items():
+                REPLACED[function] = getattr(getattr(flashinfer, name), function)
                 setattr(getattr(flashinfer, name), function, stand_in)
         flashinfer_mla_backend.BatchPrefillWithRaggedKVCacheWrapper = _planned_when_run(
             flashinfer_mla_backend.BatchPrefillWithRaggedKVCacheWrapper

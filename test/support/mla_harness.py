@@ -86,6 +86,8 @@ class Env:
     attn: DeepseekV2AttentionMLA = field(repr=False)
     runner: SimpleNamespace = field(repr=False)
     backend: Any = field(repr=False, default=None)
+    # Whether what is expected of kv_b_proj is float64's, whoever multiplies.
+    exact_projection: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -666,7 +668,10 @@ class Scenario:
 def _kv_b_proj(env: Env, kv_a: torch.Tensor) -> torch.Tensor:
     """[n, h, nope + v]: the layer's own, in its dtype, or where the backend takes the
     weight for its GEMM, in float64."""
-    weight = env.backend._gemm_weight(env.attn, kv_a)
+    if env.exact_projection:
+        weight = env.attn.kv_b_proj.weight
+    else:
+        weight = env.backend._gemm_weight(env.attn, kv_a)
     if weight is None:
         kv = env.attn.kv_b_proj(kv_a)[0]
     else:
@@ -767,14 +772,19 @@ def expected_causal(
     return calls
 
 
-def expected_attention(env: Env, batch: Batch, result: Result) -> torch.Tensor:
+def expected_attention(
+    env: Env, batch: Batch, result: Result, rounded: bool = True
+) -> torch.Tensor:
     """Attention of the real tokens over prefix and extension, in float64, of operands
-    rounded to FP8."""
+    rounded to FP8 or, with `rounded` False, as they are before."""
     k_scale, v_scale = env.scales
+
+    def operand(x: torch.Tensor) -> torch.Tensor:
+        return reference.round_to_fp8(x, torch.float8_e4m3fn) if rounded else x
 
     def attention(q, k, v, cu_q, cu_kv) -> torch.Tensor:
         out, _ = kernels.ragged_attention(
-            *(reference.round_to_fp8(x, torch.float8_e4m3fn) for x in (q, k, v)),
+            *map(operand, (q, k, v)),
             cu_q,
             cu_kv,
             env.attn.scaling * k_scale,

@@ -242,7 +242,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     ]
     if "parallel" in sections and len(gpus) != 2:
         parser.error("the section parallel needs two GPUs, as in --gpus 0,1")
-    for signum in (signal.SIGTERM, signal.SIGINT):
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, leave_no_server)
     started = time.monotonic()
     trees = patched_sglang.lay_out(args.sglang)

@@ -101,7 +101,11 @@ def questions(vocab: int, quick: bool) -> dict[str, list[Prompt]]:
 
 
 def ask(
-    server: Server, scenario: str, prompts: Sequence[Prompt], hits: bool = True
+    server: Server,
+    scenario: str,
+    prompts: Sequence[Prompt],
+    hits: bool = True,
+    new_tokens: int = NEW_TOKENS,
 ) -> tuple[Answers, list[str]]:
     """The answers that are fit to be compared, by prompt, and what is wrong with others.
 
@@ -111,7 +115,7 @@ def ask(
     server.flush_cache()
     prefixes = {p.prefix: p.input_ids[: p.start] for p in prompts if p.prefix}
     server.generate_all([Request(ids) for ids in prefixes.values()])
-    requests = [Request(p.input_ids, NEW_TOKENS, p.start) for p in prompts]
+    requests = [Request(p.input_ids, new_tokens, p.start) for p in prompts]
     concurrency = 1 if scenario == "alone" else 64
     answers: Answers = {}
     problems = []

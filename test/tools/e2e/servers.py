@@ -174,6 +174,13 @@ def leave_no_server(signum: int, frame: Any) -> None:
     os._exit(128 + signum)
 
 
+def _session(pid: int) -> Optional[int]:
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return None
+
+
 def _kill(processes: Sequence[psutil.Process]) -> None:
     for process in processes:
         try:
@@ -202,7 +209,7 @@ class Server:
         self.standin = standin
         self.folder, self.site, self.model = folder, site, model
         self.args, self.env, self.gpus = args, env, gpus
-        self.log = folder / "log"
+        self.log, self.cwd = folder / "log", folder
         self.process: Optional[subprocess.Popen] = None
         self.url = ""
         folder.mkdir(parents=True, exist_ok=True)
@@ -216,12 +223,9 @@ class Server:
     def __exit__(self, *exc) -> None:
         self.stop()
 
-    def start(self) -> None:
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
+    def command(self, port: int) -> list[str]:
         package = "mla_standin" if self.standin else "sglang"
-        paths = [str(self.site), str(TEST), os.environ.get("PYTHONPATH", "")]
-        command = [
+        return [
             *(sys.executable, "-m", f"{package}.launch_server"),
             *("--model-path", str(self.model)),
             *("--host", "127.0.0.1", "--port", str(port)),
@@ -230,7 +234,10 @@ class Server:
             *COMMON,
             *self.args,
         ]
-        env = {
+
+    def environment(self) -> dict[str, str]:
+        paths = [str(self.site), str(TEST), os.environ.get("PYTHONPATH", "")]
+        return {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus)),
@@ -239,11 +246,21 @@ class Server:
             "SGLANG_TIMEOUT_KEEP_ALIVE": "3600",
             **self.env,
         }
+
+    def start(self) -> None:
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        command = self.command(port)
         with open(self.log, "a") as log:
             log.write(f"{' '.join(command)}\n{dict(self.env)}\n")
             log.flush()
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=env, cwd=self.folder
+                command,
+                stdout=log,
+                stderr=log,
+                env=self.environment(),
+                cwd=self.cwd,
+                start_new_session=True,
             )
         _running.add(self)
 
@@ -311,11 +328,16 @@ class Server:
         return self.process is not None and self.process.poll() is None
 
     def processes(self) -> list[psutil.Process]:
+        """Its process and those that come from it, also those that have outlived it."""
+        found = {
+            p for p in psutil.process_iter() if _session(p.pid) == self.process.pid
+        }
         try:
             parent = psutil.Process(self.process.pid)
-            return [parent, *parent.children(recursive=True)]
+            found |= {parent, *parent.children(recursive=True)}
         except psutil.NoSuchProcess:
-            return []
+            pass
+        return sorted(found, key=lambda process: process.pid != self.process.pid)
 
     def schedulers(self) -> list[psutil.Process]:
         """The processes that hold the model."""

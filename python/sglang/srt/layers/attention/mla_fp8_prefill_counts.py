@@ -1,9 +1,14 @@
 """How many prefill batches FP8 prefill has taken and declined, by reason.
 
-With ``--enable-metrics`` they are SGLang's own metrics:
+With ``--enable-metrics`` they are among SGLang's metrics:
 ``sglang:mla_fp8_prefill_batches_total{model_name, tp_rank, outcome, reason}``. Else the
-log has them whenever their sum reaches a power of ten: before 0.5.23 a server ends its
-schedulers with SIGKILL, so none could log them at exit.
+log has them whenever their sum reaches a power of ten, and not at exit, as a server may
+end its schedulers with SIGKILL.
+
+Counted is what reaches the hook: warm-up requests and a draft model's batches too, and
+each half of two-batch overlap; nothing that runs absorbed, as in most prefill CUDA graphs,
+and no idle rank. Ranks of a tensor-parallel group have a label, as they run the same
+batches; those of pipeline and data parallelism with the same label are summed.
 """
 
 from __future__ import annotations

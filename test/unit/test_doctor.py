@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -365,7 +366,7 @@ class TestVerdict:
         monkeypatch.setattr(doctor, "selftest_command", fake)
 
     def run(self, backend=None) -> int:
-        args = argparse.Namespace(backend=backend, timeout=60)
+        args = argparse.Namespace(backend=backend, timeout=60, no_gpu=False)
         return doctor.run(args, SOURCE, self.found.target)
 
     def test_ready(self, capfd):
@@ -405,6 +406,58 @@ class TestVerdict:
         assert "\nverdict: not ready" in capfd.readouterr().out
         # The kernels are of the SGLang that is imported, where that is the patched one.
         assert self.patched == (wrong in ("release", "switch"))
+
+
+class TestContainerfile:
+    """Its steps, run by sh on the release laid out as a checkout; no container is built."""
+
+    FOLDER = "/opt/mla_fp8_prefill"
+
+    @pytest.fixture
+    def build(self, packages, tmp_path, unpatched_sglang):
+        """Copies and runs all steps; the output of the last one that ran."""
+        checkout = tmp_path / "checkout/python"
+        shutil.copytree(unpatched_sglang / "sglang", checkout / "sglang")
+        code = (ROOT / "Containerfile").read_text().replace("\\\n", "")
+        steps = [line.split(maxsplit=1) for line in code.splitlines()]
+        into = tmp_path / "opt"
+        for source, target in [x[1].split() for x in steps if x[0] == "COPY"]:
+            target = target.replace(self.FOLDER, str(into))
+            shutil.copytree(ROOT / source, target)
+        path = [str(Path(sys.executable).parent), os.environ["PATH"]]
+        environ = {
+            "PATH": os.pathsep.join(path),
+            "PYTHONPATH": os.pathsep.join(map(str, (checkout, packages))),
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+
+        def build(**settings):
+            for command in [x[1] for x in steps if x[0] == "RUN"]:
+                done = subprocess.run(
+                    ["sh", "-c", command.replace(self.FOLDER, str(into))],
+                    env={**os.environ, **environ, **settings},
+                    capture_output=True,
+                    text=True,
+                )
+                if done.returncode != 0:
+                    break
+            return done
+
+        return build
+
+    def test_it_takes_no_gpu_and_nothing_else_amiss(self, build, packages):
+        done = build()
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "--   GPU: " in done.stdout and "a GPU\nverdict: ready" in done.stdout
+        (packages / "tokenspeed_mla.dist-info/METADATA").unlink()
+        done = build()
+        assert done.returncode == 1 and "FAIL tokenspeed-mla" in done.stdout
+
+    def test_it_ends_where_the_patch_does_not_go_in(self, build, tmp_path):
+        backend = "srt/layers/attention/trtllm_mla_backend.py"
+        (tmp_path / "checkout/python/sglang" / backend).write_text("")
+        done = build()
+        assert done.returncode == 2 and backend in done.stderr
 
 
 class TestGpus:

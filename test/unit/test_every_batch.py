@@ -3,6 +3,7 @@ unpatched SGLang's bits."""
 
 import contextlib
 import importlib
+from collections import Counter
 from pathlib import Path
 
 import batch_cases
@@ -18,6 +19,7 @@ from sglang_internals import FA3_HAS_KV_SCALES, RELEASE, DSATokenToKVPool, backe
 from prefill_patch.releases import ordered
 from sglang.srt.layers.attention import mla_fp8_prefill
 from sglang.srt.layers.attention.mla_fp8_prefill import MLAFP8PrefillMixin
+from sglang.srt.layers.attention.mla_fp8_prefill_counts import BatchCounts
 from sglang.srt.mem_cache import memory_pool
 from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 
@@ -70,7 +72,8 @@ def has_own_hook(backend) -> bool:
 class HookCalls:
     """What went through the hook."""
 
-    def __init__(self):
+    def __init__(self, batch_counts):
+        self.batch_counts = batch_counts
         # For every call, whether it took the batch.
         self.taken: list[bool] = []
         # The addresses of the operands that it made for each call of the kernel.
@@ -78,10 +81,17 @@ class HookCalls:
         # The dtypes of what was written through the pool's own method.
         self.written: list[list[torch.dtype]] = []
 
+    @property
+    def counted(self) -> Counter[tuple[str, str]]:
+        """The batches, by (outcome, reason)."""
+        return self.batch_counts(None).by_outcome
+
 
 @pytest.fixture
 def hook(monkeypatch) -> HookCalls:
-    calls = HookCalls()
+    batch_counts = mla_fp8_prefill.cache_once(BatchCounts)
+    monkeypatch.setattr(mla_fp8_prefill, "batch_counts", batch_counts)
+    calls = HookCalls(batch_counts)
     prepare_name = RELEASE.renamed("prepare_prefill_qkv")
     pack_name = RELEASE.renamed("pack_prefix_chunk_kv")
     prepare = getattr(MLAFP8PrefillMixin, prepare_name)
@@ -143,6 +153,7 @@ def test_taken(case, backend, run, hook, log):
     assert not [line for line in log() if "decline" in line]
     assert not [line for line in log("log-sum-exps") if "not found" in line]
     assert hook.taken and all(hook.taken)
+    assert hook.counted == {("taken", ""): len(hook.taken)}
 
     if case.name == "beyond-448":
         assert all(x.abs().max() > 448 for x in exact)
@@ -265,6 +276,8 @@ def test_declined(case, backend, run, hook, log, unpatched):
     lines = [line for line in log() if line.endswith(f": {reason}")]
     wanted = {f"{start} declined: {reason}", f"{start} declines a batch: {reason}"}
     assert lines and wanted.issuperset(lines) and len(lines) == len(set(lines))
+    assert sum(hook.counted.values()) == len(hook.taken)
+    assert {said for _, said in hook.counted} == {reason}
     assert_identical(result, unpatched(case, backend), batch.tokens, backend)
 
 

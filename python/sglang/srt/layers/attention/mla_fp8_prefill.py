@@ -51,6 +51,12 @@ from sglang.jit_kernel.mla_prefill_quantize_fp8 import mla_prefill_quantize_fp8
 from sglang.jit_kernel.utils import cache_once, is_arch_support_pdl, is_hip_runtime
 from sglang.srt.distributed.parallel_state import get_tensor_model_parallel_rank
 from sglang.srt.environ import envs
+from sglang.srt.layers.attention.mla_fp8_prefill_counts import (
+    DECLINED,
+    TAKEN,
+    UNSUPPORTED,
+    batch_counts,
+)
 from sglang.srt.layers.attention.mla_fp8_prefill_internals import (
     attend_to_chunk,
     attention_tp_size,
@@ -59,6 +65,7 @@ from sglang.srt.layers.attention.mla_fp8_prefill_internals import (
     disable_prefill_cuda_graphs,
     in_cuda_graph,
     kv_pool_of,
+    metrics_model_name,
     prefill_backend_name,
     write_loc,
 )
@@ -329,6 +336,8 @@ class MLAFP8PrefillMixin:
         self.corrects_kv_scales = self._configured_producer != OFF
         self._lse_base = self._decide_lse_base()
         self._batch = _BatchDecision(self, None, None)
+        self._counts = batch_counts(metrics_model_name(model_runner.server_args))
+        self._counted_metadata = self
         self._process_reason = self._unsupported_reason()
         model = getattr(model_runner, "model", None)
         self._gemm_reason = self._no_gemm_reason(model)
@@ -637,6 +646,18 @@ class MLAFP8PrefillMixin:
             reason = "rotary embedding"
         return reason
 
+    def _count_batch(self, reason: Optional[str]) -> None:
+        """Count the batch by what becomes of its first layer; its others say the same."""
+        metadata = self._batch_metadata()
+        if self._counted_metadata is metadata:
+            return
+        self._counted_metadata = metadata
+        if self._process_reason is not None:
+            outcome = UNSUPPORTED
+        else:
+            outcome = TAKEN if reason is None else DECLINED
+        self._counts.add(outcome, reason)
+
     def takes_prefill(
         self, layer: DeepseekV2AttentionMLA, forward_batch: ForwardBatch
     ) -> bool:
@@ -661,12 +682,12 @@ class MLAFP8PrefillMixin:
         not written to a cache that the kernel writes.
         """
         self.prefill_kv_scales = 1.0, 1.0
-        if self._process_reason is not None:
-            return None
         reason = self._decline_reason(layer, forward_batch)
+        self._count_batch(reason)
         if reason is not None:
             name = type(self).__name__
-            _log_once(f"{name}: FP8 prefill preparation declines a batch: {reason}")
+            if self._process_reason is None:  # else logged at start
+                _log_once(f"{name}: FP8 prefill preparation declines a batch: {reason}")
             return None
         attn, rotary_emb = layer.attn_mha, layer.rotary_emb
         pool, cache_loc = kv_pool_of(forward_batch), forward_batch.out_cache_loc

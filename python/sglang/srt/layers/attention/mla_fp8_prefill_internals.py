@@ -63,6 +63,11 @@ try:
 except ImportError:  # before 0.5.18
     get_exec = None
 
+try:
+    from sglang.srt.runtime_context import get_observability, get_serving
+except ImportError:  # before 0.5.17
+    get_observability = get_serving = None
+
 # From 0.5.17 on RadixAttention takes K to have q's number of rows, unless it is told.
 _COUNTS_KEYS = "key_value_num_tokens" in signature(RadixAttention.forward).parameters
 
@@ -98,6 +103,13 @@ def prefill_backend_name(server_args: ServerArgs) -> str:
     if get_exec is None:
         return server_args.get_attention_backends()[0]
     return attention_backends()[0]
+
+
+def metrics_model_name(server_args: ServerArgs) -> Optional[str]:
+    """The label model_name of SGLang's metrics, or None where they are off."""
+    metrics = server_args if get_observability is None else get_observability()
+    serving = server_args if get_serving is None else get_serving()
+    return serving.served_model_name if metrics.enable_metrics else None
 
 
 def disable_prefill_cuda_graphs(server_args: ServerArgs) -> Optional[str]:

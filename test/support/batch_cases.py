@@ -332,7 +332,7 @@ CASES = [
     case(
         "breakable-graph",
         "inside a breakable CUDA graph (the same, `--enable-breakable-cuda-graph`)",
-        Since("0.5.15", MLA_PATH, before=declined("CUDA graph")),
+        Since("0.5.17", MLA_PATH, before=declined("CUDA graph")),
         env=ABSORBED,
         how=functools.partial(runs.in_forward_context, breakable=True),
     ),

@@ -239,7 +239,13 @@ class Fake(FakeServer):
             return super().post(path, json, timeout)
         ids = [[None, ord(x), None] for x in json["text"]]
         body = {"meta_info": {"input_token_logprobs": ids}}
-        return SimpleNamespace(status_code=200, json=lambda: body)
+        # What is asked for is a sum of ones, said in words and last in figures.
+        ones = json["text"].rpartition("Question:")[2].count("one")
+        missed = 1 if self.fault == "miscounts" and ones % 4 == 0 else 0
+        body["text"] = f"It is 1 more than {ones - 1}, so 1,{ones - missed:03}."
+        return SimpleNamespace(
+            status_code=200, json=lambda: body, raise_for_status=lambda: None
+        )
 
 
 class TestServers:
@@ -247,6 +253,7 @@ class TestServers:
     def compared(self, tmp_path, monkeypatch):
         monkeypatch.setattr(server, "TIMES", 2)
         monkeypatch.setattr(server, "STORMS", 2)
+        monkeypatch.setattr(server, "GSM8K", tmp_path / "test.jsonl")
 
         def compared(**on):
             def make(side, env):
@@ -285,6 +292,20 @@ class TestServers:
     ):
         problems = compared(fault=fault)["problems"]
         assert problems and says in problems[0]
+
+    @pytest.mark.parametrize("fault, right", [("", 1), ("miscounts", 0.75)])
+    def test_gsm8k_is_answered_where_its_data_is(self, compared, fault, right):
+        rows = [
+            {"question": "one and " * (1 + i), "answer": f"Add. #### {1001 + i}"}
+            for i in range(server.EXAMPLES + 40)
+        ]
+        server.GSM8K.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        found = compared(fault=fault)
+        assert found["gsm8k"]["questions"] == 40
+        assert found["gsm8k"]["right"] == [1, right]
+        faults = verdict.server_faults({**found, "times": []})
+        assert any("75.0% of GSM8K" in x for x in faults) == (fault != "")
+        assert f"GSM8K, 40 questions: {right:.1%} right" in "".join(page.server(found))
 
     def test_a_hook_that_declines_is_found(self, compared, monkeypatch):
         said = "FP8 prefill preparation declined: the KV cache is bfloat16"

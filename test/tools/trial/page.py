@@ -105,6 +105,11 @@ def server(found: Mapping[str, Any] | None) -> list[str]:
         lines.append(
             "  greedy answers that are the same: {same} of {asked}".format(**logprobs)
         )
+    if answers := found.get("gsm8k"):
+        lines.append(
+            "  GSM8K, {questions} questions: {1:.1%} right, without the hook "
+            "{0:.1%}".format(*answers["right"], **answers)
+        )
     for row in found.get("times", ()):
         lines.append(f"  {row['what']}: on / off {shown(row['ratio'])}")
     if found.get("times"):

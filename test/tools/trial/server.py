@@ -6,11 +6,13 @@ fill its GPUs. Nothing but SGLANG_MLA_FP8_PREFILL differs.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ PIECE = 1500  # characters that are tokenized at once
 FIRST_TOKEN = ((1024, 0), (8192, 0), (2048, PREFIX))
 AT_ONCE = (16, 2048)
 TIMES, STORMS = 15, 5
+# Where SGLang's own test keeps GSM8K; its first rows are examples to each question.
+GSM8K, EXAMPLES, AT_ONCE_GSM8K = Path("/tmp/test.jsonl"), 8, 64
 ON = "FP8 prefill preparation with the"
 
 
@@ -61,7 +65,7 @@ def run(
     make: Callable[[str, Mapping[str, str]], Server], say: Callable[[str], None]
 ) -> dict[str, Any]:
     """What two servers, made and ended here, differ in: `problems` of the one with the
-    hook alone, `notes` of the other or both, `logprobs` and `times`. Raises RuntimeError where the
+    hook alone, `notes` of the other or both, `logprobs`, `gsm8k` and `times`. Raises RuntimeError where the
     server does not come up without the hook."""
     found: dict[str, dict[str, Any]] = {}
     prompts: dict[str, list[Prompt]] = {}
@@ -154,7 +158,37 @@ def measure(
         except RuntimeError as error:
             reason = str(error).removeprefix(f"{server.name}: ")
             found["problems"].append(f"{what}: {reason}")
+    if GSM8K.exists():
+        say("  times are in, answering GSM8K")
+        try:
+            found["gsm8k"] = gsm8k(server)
+        except Exception as error:
+            found["problems"].append(f"GSM8K: {error}")
     return found
+
+
+def gsm8k(server: Server) -> list[float]:
+    """1 for each of GSM8K's questions that is answered rightly, else 0."""
+    rows = [json.loads(line) for line in GSM8K.read_text().splitlines()]
+    asked = [f"Question: {row['question']}\nAnswer:" for row in rows]
+    examples = "".join(
+        f"{question} {row['answer']}\n\n"
+        for question, row in zip(asked[:EXAMPLES], rows)
+    )
+    sampling = {"temperature": 0, "max_new_tokens": 512, "stop": ["Question:"]}
+
+    def is_right(question: str, row: Mapping[str, str]) -> float:
+        body = {"text": examples + question, "sampling_params": sampling}
+        reply = server.post("/generate", body, timeout=600)
+        reply.raise_for_status()
+        return float(_last_number(reply.json()["text"]) == _last_number(row["answer"]))
+
+    with ThreadPoolExecutor(AT_ONCE_GSM8K) as pool:
+        return list(pool.map(is_right, asked[EXAMPLES:], rows[EXAMPLES:]))
+
+
+def _last_number(text: str) -> str:
+    return (re.findall(r"-?\d+", text.replace(",", "")) or [""])[-1]
 
 
 def hook(log: str, on: bool) -> list[str]:
@@ -187,6 +221,14 @@ def difference(off: Mapping[str, Any], on: Mapping[str, Any]) -> dict[str, Any]:
             "tokens": sum(sizes),
             "same": sum(a.output_ids == b.output_ids for a, b in pairs),
             "asked": len(pairs),
+        }
+    if "gsm8k" in off and "gsm8k" in on:
+        wrong = np.subtract(off["gsm8k"], on["gsm8k"])
+        found["gsm8k"] = {
+            "questions": len(wrong),
+            "right": [float(np.mean(side["gsm8k"])) for side in (off, on)],
+            # With its interval; positive is worse with the hook on.
+            "worse": list(ratio_of_sums(wrong, np.ones(len(wrong)))),
         }
     for what, seconds in on["times"].items():
         if what in off["times"]:

@@ -24,8 +24,8 @@ TIES = 1e-4
 NOISE, SLOWER = 1.03, 1.02
 # A setting has to be that much faster than the default to be worth setting.
 WORTH_SETTING = 0.99
-# Nats a token, and of rates, for servers that did not run at the same time.
-WORSE_LOGPROBS, SERVER_SLOWER = 0.02, 1.05
+# Nats a token; of GSM8K's answers; of times, of servers that ran one after another.
+WORSE_LOGPROBS, WORSE_ANSWERS, SERVER_SLOWER = 0.02, 0.01, 1.05
 
 Results = Mapping[str, Any]
 
@@ -121,6 +121,12 @@ def server_faults(server: Results | None) -> list[str]:
     if logprobs and logprobs["worse"][1] > WORSE_LOGPROBS:
         value = "{:.3f} ({:.3f} to {:.3f})".format(*logprobs["worse"])
         found.append(f"prompt log-probabilities are lower by {value} a token")
+    answers = server.get("gsm8k")
+    if answers and answers["worse"][1] > WORSE_ANSWERS:
+        right = "{:.1%} of GSM8K is answered rightly, {:.1%} without".format(
+            *reversed(answers["right"])
+        )
+        found.append(right)
     for row in server.get("times", ()):
         low = row["ratio"][1]
         if low > SERVER_SLOWER:

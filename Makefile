@@ -28,12 +28,12 @@ run: $(READY)
 
 # The tests; fetches the attention kernels of one release, 120 MB.
 test: $(READY)
-	$(RUN) -m pytest -n $(JOBS) --cov --cov-report=term --sglang=$(SGLANG)
+	$(RUN) -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term --sglang=$(SGLANG)
 
 # What depends on the release, every batch included, on all of them: an hour on two cores.
 # Fetches their wheels, 10 MB each, and those of the attention kernels that they pin, 320 MB.
 test-releases: $(READY)
-	$(RUN) -m pytest -n $(JOBS) --every-release test/unit/test_releases.py test/unit/test_real_kernel.py
+	$(RUN) -m pytest -n $(JOBS) --dist worksteal --every-release test/unit/test_releases.py test/unit/test_real_kernel.py
 
 # Try the patch on a release that it does not know, and print what breaks.
 new-release: $(READY)

@@ -17,14 +17,8 @@ from prefill_patch.patch import Patch
 from prefill_patch.releases import BASE, RELEASES, Release
 from prefill_patch.target import fetch_release, open_target
 
-# `make test` takes these and those where its names change, `make test-releases` all. It
-# runs every batch on BASE by itself.
+# `make test` takes these, `make test-releases` all.
 IN_FULL = (BASE, RELEASES[-1])
-FIRST_OF_A_KIND = [
-    one
-    for last, one in zip(RELEASES, RELEASES[1:])
-    if (one.names, one.kernel_tests) != (last.names, last.kernel_tests)
-]
 
 
 def releases(*always: Release):

@@ -90,13 +90,18 @@ def lay_out(sglang: str) -> Trees:
     return trees
 
 
+def environment(site: Path) -> dict[str, str]:
+    """Of a process with the SGLang of the folder `site` and this project to import."""
+    paths = [str(site), *map(str, PATHS), os.environ.get("PYTHONPATH")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 def run_python(site: Path, *arguments: str, cwd: Optional[str] = None) -> str:
     """What Python prints, run with the SGLang of the folder `site` and this project to
     import; raises with the end of its errors if it fails."""
-    paths = [str(site), *map(str, PATHS), os.environ.get("PYTHONPATH")]
     done = subprocess.run(
         [sys.executable, *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        env=environment(site),
         cwd=cwd,
         capture_output=True,
         text=True,

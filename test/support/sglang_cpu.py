@@ -82,10 +82,10 @@ def _fix_interpreter() -> None:
 
     Triton 3.6 to 3.9 round float32 to FP8 without ties to even and let it wrap on
     overflow, cut float32 off to BF16 where a GPU rounds, widen FP8 NaN and infinity
-    to ordinary numbers, multiply matrices of BF16 as if their bits were integers, and take min and max with NumPy's NaN rule where a GPU
-    returns the other operand. PDL instructions, inline assembly there, are dropped,
-    and loop bounds, arrays of one element there, are read in a way that NumPy 2.4
-    still allows.
+    to ordinary numbers, multiply matrices of BF16 as if their bits were integers, and
+    take min and max with NumPy's NaN rule where a GPU returns the other operand. PDL
+    instructions, inline assembly there, are dropped, and loop bounds, arrays of one
+    element there, are read in a way that NumPy 2.4 still allows.
     """
     import triton.language as tl
     from triton.runtime import interpreter

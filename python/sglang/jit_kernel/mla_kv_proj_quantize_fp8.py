@@ -165,6 +165,11 @@ def mla_kv_proj_quantize_fp8(
     return k, v
 
 
+def rows_are_aligned(kv_a: torch.Tensor) -> bool:
+    """Whether rows begin at multiples of 16 bytes, as the GPU copies tiles of them."""
+    return kv_a.data_ptr() % 16 == 0 and kv_a.stride(0) % 8 == 0
+
+
 _PLANS = PlanCache()
 
 
@@ -177,7 +182,7 @@ def _make_plan(kv_a, weight, k_pe, k_kind, v_kind, enable_pdl) -> Plan:
     check_input("kv_a", kv_a)
     lora, row = kv_a.shape[1], 2 * HEAD_DIM
     check_head_dims(lora=lora)
-    if kv_a.data_ptr() % 16 or kv_a.stride(0) % 8:
+    if not rows_are_aligned(kv_a):
         raise ValueError(
             "kv_a must have rows that begin at multiples of 16 bytes, got strides "
             f"{kv_a.stride()} at {kv_a.data_ptr():#x}"

@@ -18,6 +18,7 @@ from typing import Any
 from e2e import profiles
 from e2e.pairs import Case, Run, fa3_case
 from e2e.servers import Server, kill_all, start_all
+from gpu_trace import GPU_WORK
 from resampling import ratio_of_medians
 
 SIDES = ("unpatched", "patched", "unpatched again", "BF16 cache", "GEMM off")
@@ -37,7 +38,7 @@ def times_of(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
     microseconds of all kernels."""
     attention, preparation, others = [], [], []
     for event in events:
-        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+        if event.get("cat") in GPU_WORK:
             name = event["name"].lower()
             if any(part in name for part in ATTENTION):
                 attention.append(event["dur"])

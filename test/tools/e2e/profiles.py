@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from e2e.servers import Request, Server
+from gpu_trace import launched
 from mla_standin.kernels import CAUSAL, RANGE
 from mla_standin.models import KINDS
 from resampling import ratio_of_medians
@@ -102,13 +103,6 @@ def layers_of(events: Iterable[dict[str, Any]]) -> list[Work]:
     ranges.sort(key=lambda e: e["ts"])
     if not ranges:
         return []
-    launched = {
-        e["args"]["correlation"]: e["ts"]
-        for e in complete
-        if e["cat"] in ("cuda_runtime", "cuda_driver")
-        and e["tid"] == ranges[0]["tid"]
-        and "correlation" in e.get("args", {})
-    }
     starts = [e["ts"] for e in ranges]
 
     def in_standin(ts: float) -> bool:
@@ -116,10 +110,9 @@ def layers_of(events: Iterable[dict[str, Any]]) -> list[Work]:
         return i >= 0 and ts <= ranges[i]["ts"] + ranges[i]["dur"]
 
     work = sorted(
-        (launched[e["args"]["correlation"]], e["name"], e["dur"])
-        for e in complete
-        if e["cat"] in ("kernel", "gpu_memcpy", "gpu_memset")
-        and e.get("args", {}).get("correlation") in launched
+        (call["ts"], e["name"], e["dur"])
+        for call, e in launched(complete)
+        if call["tid"] == ranges[0]["tid"]
     )
     work = [(ts, name, us) for ts, name, us in work if not in_standin(ts)]
     times = [ts for ts, _, _ in work]
@@ -163,33 +156,23 @@ def forward_pass(
     """The mean of a trace's forward passes: host calls that launch work, graphs among
     them, and microseconds of GPU time by layer: all but FlashInfer's attention, torch's
     copies outside graphs, which are part of it, and that attention."""
-    complete = [e for e in events if e.get("ph") == "X" and "cat" in e]
-    calls = {
-        e["args"]["correlation"]: e["name"]
-        for e in complete
-        if e["cat"] in ("cuda_runtime", "cuda_driver")
-        and "correlation" in e.get("args", {})
-    }
     us = Counter()
-    used = set()
-    for e in complete:
-        call = e.get("args", {}).get("correlation")
-        if e["cat"] not in ("kernel", "gpu_memcpy", "gpu_memset") or call not in calls:
-            continue
-        used.add(call)
-        captured = "GraphLaunch" in calls[call]
+    calls = {}
+    for call, e in launched(events):
+        calls[call["args"]["correlation"]] = call["name"]
+        captured = "GraphLaunch" in call["name"]
         if FLASHINFER_MLA in e["name"]:
             us["attention_us"] += e["dur"]
             continue
         us["us"] += e["dur"]
         if TORCH_COPY in e["name"] and not captured:
             us["copies_us"] += e["dur"]
-    if not used:
+    if not calls:
         return {}
     parts = ("us", "copies_us", "attention_us")
     return {
-        "launches": round(len(used) / passes),
-        "graphs": round(sum("GraphLaunch" in calls[x] for x in used) / passes),
+        "launches": round(len(calls) / passes),
+        "graphs": round(sum("GraphLaunch" in x for x in calls.values()) / passes),
         **{part: round(us[part] / passes / layers, 3) for part in parts},
     }
 

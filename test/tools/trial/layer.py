@@ -22,6 +22,7 @@ import gpu_stand_ins
 import machine
 import mla_harness as harness
 import torch
+from gpu_trace import launched
 from mla_harness import Batch, Env, reference
 from mla_standin import kernels
 from sglang_internals import RELEASE, backend_class, running
@@ -319,18 +320,9 @@ def parts_of(events: Iterable[dict[str, Any]]) -> dict[str, float]:
         for e in complete
         if not e["cat"].startswith("gpu") and e["name"] in (ATTENTION, OTHER)
     ]
-    launched = {
-        e["args"]["correlation"]: e["ts"]
-        for e in complete
-        if e["cat"] in ("cuda_runtime", "cuda_driver")
-        and "correlation" in e.get("args", {})
-    }
     found = dict.fromkeys((*PARTS, "launches"), 0.0)
-    for e in complete:
-        at = launched.get(e.get("args", {}).get("correlation"))
-        if at is None or e["cat"] not in ("kernel", "gpu_memcpy", "gpu_memset"):
-            continue
-        names = [name for start, end, name in ranges if start <= at <= end]
+    for call, e in launched(complete):
+        names = [name for start, end, name in ranges if start <= call["ts"] <= end]
         part = names[0].partition(".")[2] if names else "preparation"
         found[part] += e["dur"]
         found["launches"] += part == "preparation"

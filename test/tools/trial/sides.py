@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
-from patched_sglang import PATHS
+from patched_sglang import environment
 
 OPTIONS = ("-W", "ignore", "-X", "faulthandler")
 
@@ -27,18 +26,13 @@ class Side:
 
     def __init__(self, site: Path, log: Path, seconds: float = 600):
         self.log, self.seconds = log, seconds
-        paths = [str(site), *map(str, PATHS), os.environ.get("PYTHONPATH")]
         with open(log, "a") as stream:
             self.process = subprocess.Popen(
                 [sys.executable, *OPTIONS, "-m", "trial.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stream,
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-                    "SGLANG_PLUGINS": "none",
-                },
+                env={**environment(site), "SGLANG_PLUGINS": "none"},
                 text=True,
             )
 

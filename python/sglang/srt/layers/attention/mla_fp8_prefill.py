@@ -46,6 +46,7 @@ from sglang.jit_kernel.mla_kv_pack_quantize_fp8 import mla_kv_pack_quantize_fp8
 from sglang.jit_kernel.mla_kv_proj_quantize_fp8 import (
     HEAD_DIM,
     mla_kv_proj_quantize_fp8,
+    rows_are_aligned,
 )
 from sglang.jit_kernel.mla_prefill_quantize_fp8 import mla_prefill_quantize_fp8
 from sglang.jit_kernel.utils import cache_once, is_arch_support_pdl, is_hip_runtime
@@ -518,8 +519,7 @@ class MLAFP8PrefillMixin:
         if (
             self._gemm_reason is not None
             or kv_a.shape[0] * self.num_local_heads < self.least_gemm_rows
-            or kv_a.data_ptr() % 16
-            or kv_a.stride(0) % 8
+            or not rows_are_aligned(kv_a)
         ):
             return None
         return _plain_kv_b_proj_weight(layer, self.q_data_type)
@@ -695,9 +695,11 @@ class MLAFP8PrefillMixin:
         self.prefill_kv_scales = attn.k_scale_float or 1.0, attn.v_scale_float or 1.0
         fused = self._batch.producer == FUSED
         over_prefix = _is_one_shot_over_prefix(forward_batch)
-        kv = k_pe_fp8 = None
+        weight = kv = k_pe_fp8 = None
         if not over_prefix:
-            if fused and self._gemm_weight(layer, kv_a) is not None:
+            if fused:
+                weight = self._gemm_weight(layer, kv_a)
+            if weight is not None:
                 k_pe_fp8 = q.new_empty((q.shape[0], q_pe.shape[-1]), dtype=FP8)
             else:
                 kv = _project_kv(layer, kv_a)
@@ -726,10 +728,9 @@ class MLAFP8PrefillMixin:
                     self.q_data_type,
                     forward_batch,
                 )
-            elif k_pe_fp8 is not None:
-                k_pe = k_pe_fp8
-            if kv is None:
                 k, v = self.pack_prefix_chunk_kv(kv_a, k_pe, layer)
+            elif weight is not None:
+                k, v = mla_kv_proj_quantize_fp8(kv_a, weight, k_pe_fp8, *scale_invs)
             return q, k, v
         *qkv, latent, k_pe = self._prepare_composed(**inputs, scale_invs=scale_invs)
         num_cached = cache_loc.shape[0]

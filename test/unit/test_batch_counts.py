@@ -1,9 +1,6 @@
 """Counts of prefill batches in SGLang's metrics and in the log."""
 
-import importlib.util
 import logging
-import os
-from pathlib import Path
 
 import mla_harness as harness
 import pytest
@@ -14,7 +11,6 @@ from sglang_internals import running
 
 from sglang.srt.layers.attention import mla_fp8_prefill, mla_fp8_prefill_counts
 
-STANDIN = Path(__file__).parents[1] / "support/prometheus_standin"
 NAME = "sglang:mla_fp8_prefill_batches_total"
 MODEL = "deepseek"
 
@@ -46,10 +42,7 @@ def serve() -> None:
 
 
 def test_metrics_are_of_all_processes(unpatched_sglang, tmp_path, monkeypatch):
-    if importlib.util.find_spec("prometheus_client") is None:
-        monkeypatch.syspath_prepend(str(STANDIN))
-        paths = [str(STANDIN), os.environ["PYTHONPATH"]]
-        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    pytest.importorskip("prometheus_client", reason="a GPU host may lack it")
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     patched = unpatched_sglang.parents[1] / "patched/python"
     for _ in range(2):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import requests
 from fake_server import FakeServer
 from sglang_cpu import HAS_GPU
 from trial import layer_cases, page, run, server, verdict
@@ -234,7 +235,13 @@ class Fake(FakeServer):
     def start(self):
         self.log.write_text(self.says)
 
+    def alive(self):
+        return self.fault != "has ended"
+
     def post(self, path, json=None, timeout=60):
+        if self.fault == "ends" and path.startswith("/flush_cache"):
+            self.fault = "has ended"
+            raise requests.ConnectionError("refused")
         if "text" not in (json or {}):
             return super().post(path, json, timeout)
         ids = [[None, ord(x), None] for x in json["text"]]
@@ -285,7 +292,12 @@ class TestServers:
         assert "prompt log-probabilities are lower by" in fault
 
     @pytest.mark.parametrize(
-        "fault, says", [("nan", "are NaN"), ("loses", "timed out")]
+        "fault, says",
+        [
+            ("nan", "are NaN"),
+            ("loses", "timed out"),
+            ("ends", f"ended while it was asked:\n{server.ON}"),
+        ],
     )
     def test_a_fault_with_the_hook_on_is_found(
         self, compared, fault, says, monkeypatch

@@ -78,7 +78,7 @@ def run(
                 server.wait(START_SECONDS)
                 say(f"  up after {time.monotonic() - started:.0f} s, asking")
                 prompts = prompts or questions(server)
-                found[side] = measure(server, prompts, say)
+                found[side] = measured(server, prompts, say)
             except Exception as error:
                 if side == "off":
                     raise RuntimeError(f"your server, hook off: {error}") from error
@@ -129,6 +129,21 @@ def tokens_of(server: Server, text: str) -> list[int]:
     if response.status_code != 200:
         return []
     return [x[1] for x in response.json()["meta_info"]["input_token_logprobs"]]
+
+
+def measured(
+    server: Server, prompts: Mapping[str, Sequence[Prompt]], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """What `measure` finds; raises with the end of its log if the server ends meanwhile."""
+    try:
+        found = measure(server, prompts, say)
+    except Exception:
+        if server.alive():
+            raise
+    else:
+        if server.alive():
+            return found
+    raise RuntimeError(f"ended while it was asked:\n{server.log_since(0)[-3000:]}")
 
 
 def measure(

@@ -881,7 +881,11 @@ def run_unpatched(target: str) -> None:
             ):
                 try:
                     result = case.scenario.on(backend).run()
-                except Exception:
+                    if HAS_GPU:
+                        torch.cuda.synchronize()
+                except Exception as error:
+                    if "CUDA error" in str(error):  # and of all that follows
+                        raise RuntimeError(f"{case.name} on {backend}") from error
                     result = traceback.format_exc()
                 results[case.name, backend] = result
     torch.save(results, target)

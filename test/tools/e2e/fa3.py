@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from e2e import profiles
 from e2e.pairs import Case, Run, fa3_case
@@ -31,7 +31,6 @@ SHAPES = (
     *((1, 2048, 8192), (1, 8192, 8192)),
 )
 QUICK_SHAPES = (SHAPES[0], SHAPES[2], SHAPES[3], SHAPES[5])
-T = TypeVar("T")
 
 
 def times_of(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -68,13 +67,13 @@ def ask(server: Server, shape: tuple[int, int, int], seed: int) -> float:
     return max(answer.seconds for answer in answers)
 
 
-def with_memory(server: Server, prefix: int, measure: Callable[[], T]) -> T:
-    """`measure`'s result, with the prefix cached, and the GPU's memory given back: what a
-    prompt of 32768 tokens takes, the allocators of five servers cannot keep."""
+@contextmanager
+def only_cached(server: Server, prefix: int) -> Iterator[None]:
+    """With the prefix cached and nothing else, and the GPU's memory given back after it:
+    what a prompt of 32768 tokens takes, the allocators of five servers cannot keep."""
     profiles.forget(server, prefix)
-    result = measure()
+    yield
     server.flush_cache()
-    return result
 
 
 def prefill_times(server: Server, shape: tuple[int, int, int]) -> dict[str, Any]:
@@ -82,8 +81,8 @@ def prefill_times(server: Server, shape: tuple[int, int, int]) -> dict[str, Any]
     rounds = []
     for seed in range(3):
         round_ = functools.partial(ask, server, shape, 100 + seed)
-        profile = functools.partial(profiles.profile, server, round_, times_of)
-        rounds.append(with_memory(server, shape[2], profile))
+        with only_cached(server, shape[2]):
+            rounds.append(profiles.profile(server, round_, times_of))
     return {key: statistics.median(x[key] for x in rounds) for key in rounds[0]}
 
 
@@ -94,11 +93,13 @@ def measure(
         count, size, prefix = shape
         for server in servers:
             for seed in (0, 1):
-                with_memory(server, prefix, lambda: ask(server, shape, seed))
+                with only_cached(server, prefix):
+                    ask(server, shape, seed)
         gpu = {s: prefill_times(x, shape) for s, x in zip(SIDES, servers)}
 
         def seconds(server: Server, i: int) -> float:
-            return with_memory(server, prefix, lambda: ask(server, shape, 1000 + i))
+            with only_cached(server, prefix):
+                return ask(server, shape, 1000 + i)
 
         http = profiles.in_turn(servers, seconds, times, warm=2)
         yield {

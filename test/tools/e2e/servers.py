@@ -275,7 +275,7 @@ class Server:
                 pass
             time.sleep(0.3)
         what = f"not up in {seconds} s" if self.alive() else "ended"
-        raise RuntimeError(f"{self.name} {what}:\n{self.log_since(0)[-3000:]}")
+        raise RuntimeError(f"{self.name} {what}:\n{self.end_of_log()}")
 
     def get(self, path: str, timeout: float = 60) -> requests.Response:
         return self._session.get(self.url + path, timeout=timeout)
@@ -356,6 +356,9 @@ class Server:
         with open(self.log, "rb") as log:
             log.seek(start)
             return log.read().decode(errors="replace")
+
+    def end_of_log(self) -> str:
+        return self.log_since(0)[-3000:]
 
     def record(self) -> dict[str, Any]:
         """The stand-ins' records of all processes: lists joined, NaN added up."""

@@ -143,7 +143,7 @@ def measured(
     else:
         if server.alive():
             return found
-    raise RuntimeError(f"ended while it was asked:\n{server.log_since(0)[-3000:]}")
+    raise RuntimeError(f"ended while it was asked:\n{server.end_of_log()}")
 
 
 def measure(

@@ -28,11 +28,14 @@ from sglang.jit_kernel.fp8_common import (
 )
 
 FP8 = torch.float8_e4m3fn
-# nope and v. A tile is one of the two, of one head, for as many tokens: two such programs
+# nope and v. A tile is one of the two, of one head, for some tokens: two such programs
 # share an SM, and one's tensor cores work while the other stores.
 HEAD_DIM = 128
-_BLOCK_K = 64
-_PROGRAMS_PER_SM = 2
+# Rows and columns of the weight, and columns of the latent, that share a scale in FP8.
+SCALE_BLOCK = 128
+# Tokens and elements of lora of a tile, and programs of an SM.
+_TILE = 128, 64, 2
+_FP8_TILE = 64, SCALE_BLOCK, 2
 # Blocks of tokens whose tiles follow one another, so that weights are read from L2.
 _GROUP = 8
 
@@ -40,6 +43,8 @@ _GROUP = 8
 @triton.jit(do_not_specialize=["k_scale_inv", "v_scale_inv", "num_tokens"])
 def _mla_kv_proj_quantize_fp8_kernel(
     k_pe_ptr,
+    kv_a_scale_ptr,
+    weight_scale_ptr,
     k_ptr,
     v_ptr,
     kv_a_desc,
@@ -80,14 +85,24 @@ def _mla_kv_proj_quantize_fp8_kernel(
         within = tile % (GROUP * 2 * NUM_HEADS)
         block = group * GROUP + within % size
         part = within // size
+        tokens = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
         acc = tl.zeros((BLOCK_T, DIM), dtype=tl.float32)
         for i in range(0, LORA, BLOCK_K):
             kv_a = kv_a_desc.load([block * BLOCK_T, i])
             weight = weight_desc.load([part * DIM, i])
-            acc = tl.dot(kv_a, weight.T, acc)
+            if weight_scale_ptr is None:
+                acc = tl.dot(kv_a, weight.T, acc)
+            else:
+                # What the tensor cores sum before float32 does, as elsewhere.
+                j = i // BLOCK_K
+                scale = tl.load(weight_scale_ptr + part * (LORA // BLOCK_K) + j)
+                if kv_a_scale_ptr is not None:
+                    ptr = kv_a_scale_ptr + tokens * (LORA // BLOCK_K) + j
+                    scale *= tl.load(ptr, mask=tokens < num_tokens, other=0.0)[:, None]
+                acc += tl.dot(kv_a, weight.T) * scale
 
         is_k = part % 2 == 0
-        t = (block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
+        t = tokens[:, None]
         dim = tl.arange(0, DIM)[None, :]
         rope = tl.arange(0, ROPE_P2)[None, :]
         row = t * NUM_HEADS + part // 2
@@ -110,6 +125,9 @@ def mla_kv_proj_quantize_fp8(
     k_scale_inv: Union[float, torch.Tensor] = 1.0,
     v_scale_inv: Union[float, torch.Tensor] = 1.0,
     enable_pdl: Optional[bool] = None,
+    *,
+    kv_a_scale: Optional[torch.Tensor] = None,
+    weight_scale: Optional[torch.Tensor] = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Build the FP8 K and V operands of MLA's multi-head attention out of the latent.
 
@@ -117,17 +135,27 @@ def mla_kv_proj_quantize_fp8(
     before FP8: ``k = fp8(cat(k_nope, broadcast(k_pe)) * k_scale_inv)``,
     ``v = fp8(v * v_scale_inv)``. k_pe is rotated already; in FP8 it is copied.
 
+    A weight in FP8 has a scale for each block of 128 x 128, and so has the latent for each
+    128 elements of a token; they are multiplied by in float32, after the tensor cores
+    have summed 128 products.
+
     Args:
         kv_a: [s, lora], bfloat16 or float16, the latent after its norm; here and below
-            the last dimension is contiguous. Rows begin at multiples of 16 bytes.
+            the last dimension is contiguous. Rows begin at multiples of 16 bytes. With
+            weight_scale it is ``torch.float8_e4m3fn``.
         weight: [h * (nope + v), lora], that of ``kv_b_proj``, contiguous, of kv_a's
-            dtype; nope and v are 128, lora is a multiple of 16.
-        k_pe: [s, 1, rope] or [s, rope], of kv_a's dtype, or in ``torch.float8_e4m3fn``
-            and times k_scale_inv; shared by the heads. rope is a multiple of 16.
+            dtype; nope and v are 128, lora is a multiple of 16, in FP8 of 128.
+        k_pe: [s, 1, rope] or [s, rope], bfloat16 or float16, kv_a's dtype if it is one
+            of them, or in ``torch.float8_e4m3fn`` and times k_scale_inv; shared by the
+            heads. rope is a multiple of 16.
         k_scale_inv, v_scale_inv: reciprocals of the quantization scales, each a float
             or a float32 tensor of one element on the device, which is read there.
         enable_pdl: launch with programmatic dependent launch. None: where the GPU has
             it. True is ignored on a GPU without it.
+        kv_a_scale: [s, lora / 128], float32, contiguous: what kv_a in FP8 is to be
+            multiplied by. None: by 1, as rows of the KV cache.
+        weight_scale: [h * (nope + v) / 128, lora / 128], float32, contiguous: what a
+            weight in FP8 is to be multiplied by.
 
     Returns:
         (k [s, h, nope + rope], v [s, h, v]), contiguous, in ``torch.float8_e4m3fn``;
@@ -139,27 +167,28 @@ def mla_kv_proj_quantize_fp8(
     """
     k_kind, k_scale_inv = as_scale("k_scale_inv", k_scale_inv, kv_a)
     v_kind, v_scale_inv = as_scale("v_scale_inv", v_scale_inv, kv_a)
-    inputs = (kv_a, weight, k_pe)
+    inputs = (kv_a, weight, k_pe, kv_a_scale, weight_scale)
     settings = (k_kind, v_kind, enable_pdl)
     key = (*layout_key(*inputs), weight.shape[0], *settings)
     plan = _PLANS.find(key, _make_plan, *inputs, *settings)
     s, lora = kv_a.shape
-    if k_pe.shape[0] != s:
-        raise ValueError(
-            f"k_pe must have kv_a's {s} tokens, got shape {tuple(k_pe.shape)}"
-        )
+    for name, x in (("k_pe", k_pe), ("kv_a_scale", kv_a_scale)):
+        if x is not None and x.shape[0] != s:
+            raise ValueError(
+                f"{name} must have kv_a's {s} tokens, got shape {tuple(x.shape)}"
+            )
     heads = weight.shape[0] // (2 * HEAD_DIM)
     k = kv_a.new_empty((s, heads, HEAD_DIM + k_pe.shape[-1]), dtype=FP8)
     v = kv_a.new_empty((s, heads, HEAD_DIM), dtype=FP8)
     if s > 0:
-        block = [HEAD_DIM, _BLOCK_K]
+        block_t, block_k, _ = _tile(weight_scale)
         descriptors = (
-            TensorDescriptor(kv_a, [s, lora], [kv_a.stride(0), 1], block),
-            TensorDescriptor(weight, [weight.shape[0], lora], [lora, 1], block),
+            TensorDescriptor(kv_a, [s, lora], [kv_a.stride(0), 1], [block_t, block_k]),
+            TensorDescriptor(weight, [*weight.shape], [lora, 1], [HEAD_DIM, block_k]),
         )
         plan.launch(
             s,
-            (k_pe, k, v),
+            (k_pe, kv_a_scale, weight_scale, k, v),
             (*descriptors, k_scale_inv, v_scale_inv, s, *plan.strides),
         )
     return k, v
@@ -167,27 +196,39 @@ def mla_kv_proj_quantize_fp8(
 
 def rows_are_aligned(kv_a: torch.Tensor) -> bool:
     """Whether rows begin at multiples of 16 bytes, as the GPU copies tiles of them."""
-    return kv_a.data_ptr() % 16 == 0 and kv_a.stride(0) % 8 == 0
+    return (kv_a.data_ptr() | kv_a.stride(0) * kv_a.element_size()) % 16 == 0
 
 
 _PLANS = PlanCache()
 
 
-def _make_plan(kv_a, weight, k_pe, k_kind, v_kind, enable_pdl) -> Plan:
+def _tile(weight_scale: Optional[torch.Tensor]) -> tuple[int, int, int]:
+    return _TILE if weight_scale is None else _FP8_TILE
+
+
+def _make_plan(
+    kv_a, weight, k_pe, kv_a_scale, weight_scale, k_kind, v_kind, enable_pdl
+) -> Plan:
     check_device("kv_a", kv_a)
     if kv_a.is_cuda and torch.cuda.get_device_capability(kv_a.device) < (9, 0):
         raise RuntimeError("kv_b_proj with FP8 output needs compute capability 9.0")
     if kv_a.dim() != 2:
         raise ValueError(f"kv_a must be [s, lora], got shape {tuple(kv_a.shape)}")
-    check_input("kv_a", kv_a)
     lora, row = kv_a.shape[1], 2 * HEAD_DIM
+    if weight_scale is None:
+        check_input("kv_a", kv_a)
+        check_input("weight", weight, kv_a)
+    else:
+        check_output("kv_a", kv_a, kv_a.shape, FP8, kv_a.device)
+        check_output("weight", weight, weight.shape, FP8, kv_a.device)
     check_head_dims(lora=lora)
+    if weight_scale is not None and lora % SCALE_BLOCK:
+        raise ValueError(f"lora must be a multiple of {SCALE_BLOCK} in FP8, got {lora}")
     if not rows_are_aligned(kv_a):
         raise ValueError(
             "kv_a must have rows that begin at multiples of 16 bytes, got strides "
             f"{kv_a.stride()} at {kv_a.data_ptr():#x}"
         )
-    check_input("weight", weight, kv_a)
     if weight.dim() != 2 or weight.shape[0] % row or weight.shape[1] != lora:
         raise ValueError(
             f"weight must be [h * {row}, {lora}], got shape {tuple(weight.shape)}"
@@ -197,17 +238,19 @@ def _make_plan(kv_a, weight, k_pe, k_kind, v_kind, enable_pdl) -> Plan:
             "weight must be contiguous, aligned to 16 bytes and not empty, got shape "
             f"{tuple(weight.shape)} with strides {weight.stride()}"
         )
+    _check_scales(kv_a, weight, kv_a_scale, weight_scale)
     rope = rope_dim(k_pe)
     check_head_dims(rope=rope)
     if k_pe.dtype == FP8:
         check_output("k_pe", k_pe, k_pe.shape, FP8, kv_a.device)
     else:
-        check_input("k_pe", k_pe, kv_a)
+        check_input("k_pe", k_pe, kv_a if weight_scale is None else None)
     heads = weight.shape[0] // row
+    block_t, block_k, programs_per_sm = _tile(weight_scale)
     programs = 1
     if kv_a.is_cuda:
         device = torch.cuda.get_device_properties(kv_a.device)
-        programs = device.multi_processor_count * _PROGRAMS_PER_SM
+        programs = device.multi_processor_count * programs_per_sm
     launcher = Launcher(
         _mla_kv_proj_quantize_fp8_kernel,
         kv_a.device,
@@ -221,8 +264,32 @@ def _make_plan(kv_a, weight, k_pe, k_kind, v_kind, enable_pdl) -> Plan:
         V_SCALE_KIND=v_kind,
         K_PE_IN_FP8=k_pe.dtype == FP8,
         FP8_DTYPE=FP8_DTYPES[FP8],
-        BLOCK_T=HEAD_DIM,
-        BLOCK_K=_BLOCK_K,
+        BLOCK_T=block_t,
+        BLOCK_K=block_k,
         GROUP=_GROUP,
     )
-    return Plan(launcher, HEAD_DIM, 2 * heads, (k_pe.stride(0),), programs)
+    return Plan(launcher, block_t, 2 * heads, (k_pe.stride(0),), programs)
+
+
+def _check_scales(kv_a, weight, kv_a_scale, weight_scale) -> None:
+    """Raise unless there are float32 scales for every block, or none and no FP8."""
+    if weight_scale is None:
+        if kv_a_scale is not None:
+            raise ValueError("kv_a_scale must come with weight_scale")
+        return
+    blocks = kv_a.shape[1] // SCALE_BLOCK
+    for name, scale, shape in (
+        ("kv_a_scale", kv_a_scale, (kv_a.shape[0], blocks)),
+        ("weight_scale", weight_scale, (weight.shape[0] // SCALE_BLOCK, blocks)),
+    ):
+        if scale is not None and (
+            scale.shape != shape
+            or scale.dtype != torch.float32
+            or scale.device != kv_a.device
+            or not scale.is_contiguous()
+        ):
+            raise ValueError(
+                f"{name} must be contiguous torch.float32 of shape {shape} on "
+                f"{kv_a.device}, got {scale.dtype} of shape {tuple(scale.shape)} with "
+                f"strides {scale.stride()} on {scale.device}"
+            )

@@ -14,6 +14,7 @@ from sglang.test.ci.ci_register import register_cuda_ci
 
 register_cuda_ci(est_time=30, suite="stage-b-kernel-unit-1-gpu-large")
 
+FP8 = torch.float8_e4m3fn
 on_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 needs_tma = pytest.mark.skipif(
     DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0),
@@ -37,21 +38,49 @@ def make(tokens, heads, lora=512, rope=64, dtype=torch.bfloat16):
     return kv_a, weight.to(dtype), k_pe
 
 
-def expected(kv_a, weight, k_pe, scale_invs=(1.0, 1.0)):
+def make_fp8(tokens, heads, lora=512, rope=64, unit_latent=False):
+    """The same with latent and weight in FP8, and random scales of blocks of 128; the
+    latent without any if it is as in the KV cache."""
+    _, weight, k_pe = make(tokens, heads, lora, rope)
+    kv_a_scale = torch.rand(tokens, lora // 128, device=DEVICE) + 0.1
+    scales = dict(weight_scale=torch.rand(heads * 2, lora // 128, device=DEVICE) / 100)
+    if unit_latent:
+        scales["weight_scale"] *= 0.5
+    else:
+        scales["kv_a_scale"] = kv_a_scale
+    kv_a = torch.randn(tokens, lora + 16, device=DEVICE).mul_(3).to(FP8)[:, :lora]
+    return (kv_a, (weight * 1000).to(FP8), k_pe), scales
+
+
+def unscaled(x, scale, *block):
+    """FP8 values times the scales of their blocks, in float64."""
+    x = x.double()
+    if scale is None:
+        return x
+    for dim, size in enumerate(block):
+        scale = scale.repeat_interleave(size, dim)
+    return x * scale.double()
+
+
+def expected(
+    kv_a, weight, k_pe, scale_invs=(1.0, 1.0), kv_a_scale=None, weight_scale=None
+):
     """The definition in float64."""
-    kv = (kv_a.double() @ weight.double().T).unflatten(1, (-1, 256))
+    kv_a = unscaled(kv_a, kv_a_scale, 1, 128)
+    weight = unscaled(weight, weight_scale, 128, 128)
+    kv = (kv_a @ weight.T).unflatten(1, (-1, 256))
     k_pe = k_pe.double().flatten(1)[:, None].expand(-1, kv.shape[1], -1)
     k = torch.cat([kv[..., :128], k_pe], dim=-1)
     return k * scale_invs[0], kv[..., 128:] * scale_invs[1]
 
 
-def run(inputs, scale_invs=(1.0, 1.0), **options):
+def run(inputs, scale_invs=(1.0, 1.0), scales={}, **options):
     """Call the kernel in memory full of NaN and compare with the definition."""
     with nan_memory():
-        outputs = mla_kv_proj_quantize_fp8(*inputs, **options)
-    for out, wanted in zip(outputs, expected(*inputs, scale_invs)):
-        assert out.is_contiguous() and out.dtype == torch.float8_e4m3fn
-        assert_fp8(out, wanted)
+        outputs = mla_kv_proj_quantize_fp8(*inputs, **scales, **options)
+    for out, wanted in zip(outputs, expected(*inputs, scale_invs, **scales)):
+        assert out.is_contiguous() and out.dtype == FP8
+        assert_fp8(out, wanted, sums_fp8=bool(scales))
     return outputs
 
 
@@ -61,11 +90,24 @@ def test_shapes(tokens, heads):
     run(make(tokens, heads))
 
 
+@pytest.mark.parametrize("unit_latent", [False, True])
+@pytest.mark.parametrize(
+    "tokens, heads, lora, rope", [(1, 1, 512, 64), (65, 3, 256, 32), (127, 2, 128, 16)]
+)
+def test_fp8_weight(tokens, heads, lora, rope, unit_latent):
+    inputs, scales = make_fp8(tokens, heads, lora, rope, unit_latent)
+    run(inputs, scales=scales)
+    run(inputs, (0.5, 3.0), scales, k_scale_inv=0.5, v_scale_inv=3.0)
+
+
 @on_gpu
 @pytest.mark.parametrize("heads", [16, 64, 128])
 def test_more_tiles_than_programs(heads):
     for tokens in torch.randint(1500, 5000, (3,)).tolist():
         run(make(tokens, heads))
+        for unit_latent in (False, True):
+            inputs, scales = make_fp8(tokens, heads, unit_latent=unit_latent)
+            run(inputs, scales=scales)
 
 
 @pytest.mark.parametrize("lora, rope", [(512, 64), (192, 32), (48, 48)])
@@ -81,7 +123,7 @@ def test_dtypes_and_scales(dtype, lora, rope):
     )
     run((kv_a, weight, k_pe), (1.0, 0.25), v_scale_inv=0.25)
     # In FP8 it is scaled already.
-    scaled = k_pe.to(torch.float8_e4m3fn)
+    scaled = k_pe.to(FP8)
     with nan_memory():
         outputs = mla_kv_proj_quantize_fp8(kv_a, weight, scaled, 0.5, 0.25)
     unscaled = scaled.double() / 0.5
@@ -123,7 +165,7 @@ def test_special_values():
         ("k_pe", lambda x: x[:3]),
         ("k_pe", lambda x: x.expand(4, 2, 16)),
         ("k_pe", lambda x: x.float()),
-        ("k_pe", lambda x: x.to(torch.float8_e4m3fn).repeat(1, 1, 2)[..., ::2]),
+        ("k_pe", lambda x: x.to(FP8).repeat(1, 1, 2)[..., ::2]),
         ("rope", lambda x: x[..., :8]),
     ],
 )
@@ -132,6 +174,33 @@ def test_rejects(name, change):
     argument = {"lora": "kv_a", "rope": "k_pe"}.get(name, name)
     given[argument] = change(given[argument])
     with pytest.raises(ValueError, match=f"^{name} must"):
+        mla_kv_proj_quantize_fp8(**given)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("kv_a", lambda x: x.to(torch.bfloat16)),
+        ("kv_a", lambda x: x.repeat(1, 2).as_strided((4, 256), (264, 1))),
+        ("lora", lambda x: x[:, :192]),
+        ("weight", lambda x: x.to(torch.bfloat16)),
+        ("k_pe", lambda x: x.float()),
+        ("kv_a_scale", lambda x: x[:3]),
+        ("kv_a_scale", lambda x: x[:, :1]),
+        ("kv_a_scale", lambda x: x.T.contiguous().T),
+        ("kv_a_scale", lambda x: x.double()),
+        ("weight_scale", lambda x: x[:1]),
+        ("weight_scale", lambda x: x.T),
+        ("weight_scale", lambda x: None),
+    ],
+)
+def test_rejects_in_fp8(name, change):
+    inputs, scales = make_fp8(4, 1, lora=256, rope=16)
+    given = dict(zip(("kv_a", "weight", "k_pe"), inputs), **scales)
+    argument = {"lora": "kv_a"}.get(name, name)
+    given[argument] = change(given[argument])
+    refused = "kv_a" if given["weight_scale"] is None else name
+    with pytest.raises(ValueError, match=f"^{refused} must"):
         mla_kv_proj_quantize_fp8(**given)
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 # they stay, and the patch's have other names and a folder for themselves.
 _BESIDE_A_HOOK = {
     "prepare_prefill_qkv": "prepare_fp8_prefill",
-    "pack_prefix_chunk_kv": "pack_fp8_prefix_chunk",
     "_fused_rope_fp8_quantize": "_rope_quantize_qk_to_fp8",
     "sglang.jit_kernel": "sglang.jit_kernel.mla_fp8",
     "sglang.jit_kernel.benchmark.utils": "sglang.jit_kernel.benchmark.utils",

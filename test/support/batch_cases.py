@@ -769,6 +769,22 @@ CASES = [
         environ=GEMM,
     ),
     case(
+        "gemm-fp8-weight",
+        "the same with a weight in FP8, the latent of chunks as it is in the cache",
+        env=dict(dims=DEEPSEEK),
+        batch={**CHUNKS, "pad_rows": 2},
+        change=runs.kv_b_proj_in_fp8,
+        environ=GEMM,
+    ),
+    case(
+        "gemm-fp8-weight-scales",
+        "the same with scales: the latent of chunks is quantized again",
+        env=dict(dims=DEEPSEEK, **SCALES),
+        batch=CHUNKS,
+        change=runs.kv_b_proj_in_fp8,
+        environ=GEMM,
+    ),
+    case(
         "gemm-one-shot-prefix",
         "the same over a prefix in one shot",
         FA3_ONLY,

@@ -25,12 +25,15 @@ from sglang_internals import (
     call,
     enable_breakable_cuda_graph,
     enable_piecewise_cuda_graph,
+    fp8_kernel,
     running,
     set_piecewise_forward_context,
 )
 
 from sglang.srt.layers import radix_attention
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.linear import ColumnParallelLinear
+from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.mem_cache import memory_pool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import (
@@ -418,6 +421,37 @@ def loading_by_layer(env: Env) -> None:
 def any_batch_is_large(env: Env) -> None:
     """Enough for K and V out of kv_b_proj in FP8."""
     env.backend.least_gemm_rows = 0
+
+
+def _block_fp8_linear(
+    input, weight, block_size, weight_scale, input_scale=None, bias=None
+) -> torch.Tensor:
+    """Stands in for SGLang's GEMMs of FP8 with scales of blocks, which need a GPU."""
+    times_scales = harness.reference.times_scales
+    x = times_scales(*fp8_kernel.sglang_per_token_group_quant_fp8(input, 128))
+    return (x @ times_scales(weight, weight_scale).T).to(input.dtype)
+
+
+def kv_b_proj_in_fp8(env: Env) -> None:
+    """With scales of blocks, as in DeepSeek's checkpoints; and any batch large enough."""
+    any_batch_is_large(env)
+    old = env.attn.kv_b_proj
+    config = Fp8Config(
+        is_checkpoint_fp8_serialized=True,
+        activation_scheme="dynamic",
+        weight_block_size=[128, 128],
+    )
+    proj = ColumnParallelLinear(
+        old.input_size, old.output_size, bias=False, quant_config=config
+    ).to(DEVICE)
+    weight, scale = harness.reference.quantize_blocks(old.weight.detach(), 128)
+    proj.weight.data.copy_(weight)
+    proj.weight_scale_inv.data.copy_(scale)
+    if HAS_GPU:
+        proj.quant_method.process_weights_after_loading(proj)
+    else:
+        proj.quant_method.w8a8_block_fp8_linear = _block_fp8_linear
+    env.attn.kv_b_proj = proj
 
 
 def new_buffer(env: Env) -> None:

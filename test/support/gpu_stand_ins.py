@@ -223,6 +223,14 @@ def _quantize_per_tensor(x, out, scale, is_static) -> None:
     out.copy_(scaled.fmin(limit).fmax(-limit).to(out.dtype))
 
 
+def _quantize_groups(x, group_size, scale_ue8m0=False):
+    """Stands in for SGLang's CUDA kernels that quantize by groups of a row."""
+    assert x.is_contiguous()
+    groups = x.float().unflatten(-1, (-1, group_size))
+    scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-10) / 448
+    return (groups / scale).to(torch.float8_e4m3fn).flatten(-2), scale.squeeze(-1)
+
+
 def _fixup_zero_kv_rows(out, lse, kv_lens, cum_seq_lens, max_seq_len) -> None:
     """Stands in for SGLang's JIT CUDA kernel of that name, which before 0.5.17 writes
     four heads at a time, at addresses of 16 bytes."""
@@ -345,6 +353,11 @@ def _install_stand_ins() -> None:
             fixup_zero_kv_rows=_fixup_zero_kv_rows
         )
     fp8_kernel.sgl_per_tensor_quant_fp8 = _quantize_per_tensor
+    fp8_kernel.sglang_per_token_group_quant_fp8 = _quantize_groups
+    # The unpatched SGLang has no such module.
+    hook = sys.modules.get("sglang.srt.layers.attention.mla_fp8_prefill")
+    if hook is not None:
+        hook.sglang_per_token_group_quant_fp8 = _quantize_groups
     flashinfer_mla_backend.BatchMLAPagedAttentionWrapper = _FlashInferWrapper
     flashinfer_mla_backend.BatchPrefillWithRaggedKVCacheWrapper = _FlashInferWrapper
     # The CUDA branches: they write and gather cache rows as servers do, and rotate in

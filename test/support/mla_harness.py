@@ -30,7 +30,7 @@ from gpu_stand_ins import KERNELS, KernelCall
 from mla_standin import kernels
 from patched_sglang import ROOT
 from sglang_cpu import DEVICE, HAS_GPU
-from sglang_internals import parse_graph_config, running
+from sglang_internals import fp8_kernel, parse_graph_config, running
 
 # The unpatched SGLang has no fp8_reference.
 sys.path.append(str(ROOT / "python/sglang/jit_kernel/tests"))
@@ -665,17 +665,22 @@ class Scenario:
         return self.how(*self.build())
 
 
-def _kv_b_proj(env: Env, kv_a: torch.Tensor) -> torch.Tensor:
+def _kv_b_proj(env: Env, kv_a: torch.Tensor, cached: bool = False) -> torch.Tensor:
     """[n, h, nope + v]: the layer's own, in its dtype, or where the backend takes the
-    weight for its GEMM, in float64."""
-    if env.exact_projection:
-        weight = env.attn.kv_b_proj.weight
+    weight for its GEMM, in float64, of the latent as SGLang quantizes it for a weight in
+    FP8, or as it is in the cache."""
+    proj = env.attn.kv_b_proj
+    exact = env.exact_projection or env.backend._gemm_weight(env.attn, len(kv_a))
+    if not exact:
+        kv = proj(kv_a)[0]
+    elif proj.weight.dtype != torch.float8_e4m3fn:
+        kv = kv_a.double() @ proj.weight.double().T
     else:
-        weight = env.backend._gemm_weight(env.attn, kv_a)
-    if weight is None:
-        kv = env.attn.kv_b_proj(kv_a)[0]
-    else:
-        kv = kv_a.double() @ weight.double().T
+        if not cached or env.scales[0] != 1:
+            quantize = fp8_kernel.sglang_per_token_group_quant_fp8
+            kv_a = reference.times_scales(*quantize(kv_a, 128))
+        weight = reference.times_scales(proj.weight, proj.weight_scale_inv)
+        kv = kv_a.double() @ weight.T
     return kv.view(-1, env.dims.heads, env.dims.nope + env.dims.v)
 
 
@@ -727,7 +732,7 @@ def _cached_kv(
     rows = cache.view(env.pool.dtype)[slots, 0].to(env.dtype)
     latent, k_pe = rows.split([dims.lora, dims.rope], dim=-1)
     with torch.no_grad():
-        kv = _kv_b_proj(env, latent.contiguous())
+        kv = _kv_b_proj(env, latent.contiguous(), cached=True)
     k_nope, v = kv.split([dims.nope, dims.v], dim=-1)
     k_pe = k_pe.unsqueeze(1).expand(-1, dims.heads, -1)
     k = torch.cat([k_nope, k_pe], dim=-1).double()

@@ -1,5 +1,6 @@
 """What the table of batches does not say of the hook and its pieces."""
 
+import functools
 from collections import Counter
 from types import SimpleNamespace
 
@@ -37,6 +38,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 E4M3 = torch.float8_e4m3fn
 SWITCH = "SGLANG_MLA_FP8_PREFILL"
 GEMM_SWITCH = "SGLANG_MLA_FP8_PREFILL_GEMM"
+UE8M0 = dict(act_scale_ue8m0=True)
 
 on_each = pytest.mark.parametrize("backend", BACKENDS)
 with_each_producer = pytest.mark.parametrize("producer", ["fused", "composed"])
@@ -428,16 +430,27 @@ class TestGemm:
         return env
 
     @staticmethod
-    def takes(env, tokens: int = 4, start: int = 0, row: int = 512) -> bool:
-        memory = torch.zeros(9000, dtype=torch.bfloat16, device=DEVICE)
-        kv_a = memory.as_strided((tokens, 512), (row, 1), start)
-        return env.backend._gemm_weight(env.attn, kv_a) is not None
+    def takes(env, tokens: int = 4) -> bool:
+        return env.backend._gemm_weight(env.attn, tokens) is not None
 
-    def test_what_a_batch_has_to_be(self, env):
-        assert self.takes(env) and self.takes(env, start=8, row=576)
-        assert not self.takes(env, start=4) and not self.takes(env, row=516)
+    def test_how_large_a_batch_has_to_be(self, env):
         env.backend.least_gemm_rows = 12 * DEEPSEEK.heads
         assert self.takes(env, 12) and not self.takes(env, 11)
+
+    def test_rows_that_are_not_aligned(self, env, monkeypatch):
+        """kv_b_proj's own linear takes them."""
+        norm = env.attn.kv_a_layernorm.forward
+
+        def misaligned(x):
+            rows = x.new_empty(len(x), 520)[:, 4:516]
+            return rows.copy_(norm(x))
+
+        monkeypatch.setattr(env.attn.kv_a_layernorm, "forward", misaligned)
+        monkeypatch.delattr(mla_fp8_prefill, "mla_kv_proj_quantize_fp8")
+        batch = harness.make_batch(env, extend_lens=[5, 3])
+        result = harness.run_prefill(env, batch)
+        exact = harness.expected(env, batch)
+        assert harness.relative_error(result.calls[0].v, exact.v) < 0.05
 
     @pytest.mark.parametrize(
         "change",
@@ -457,9 +470,51 @@ class TestGemm:
     )
     def test_what_kv_b_proj_has_to_be(self, change, env):
         change(env.attn.kv_b_proj)
+        self.is_refused(env)
+
+    def is_refused(self, env) -> None:
         assert not self.takes(env)
         reason = env.backend._no_gemm_reason(env.runner.model)
         assert reason == "its weight is not plain"
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda scale: scale.to(torch.float16),
+            lambda scale: scale.repeat_interleave(2, 1),
+            lambda scale: scale.T.contiguous().T,
+            lambda scale: setattr(scale, "format_ue8m0", True) or scale,
+            lambda scale: None,
+        ],
+        ids=["dtype", "block", "layout", "ue8m0", "none"],
+    )
+    def test_what_scales_of_a_weight_in_fp8_have_to_be(self, change, env):
+        batch_runs.kv_b_proj_in_fp8(env)
+        assert self.takes(env)
+        proj = env.attn.kv_b_proj
+        scale = change(proj.weight_scale_inv.data)
+        del proj.weight_scale_inv
+        proj.weight_scale_inv = scale
+        self.is_refused(env)
+
+    @pytest.mark.parametrize("keywords, ue8m0", [({}, False), (UE8M0, True)])
+    def test_latent_is_quantized_as_by_the_linear(
+        self, keywords, ue8m0, env, monkeypatch
+    ):
+        """With scales that are powers of two where kv_b_proj's own would be."""
+        batch_runs.kv_b_proj_in_fp8(env)
+        method = env.attn.kv_b_proj.quant_method
+        method.w8a8_block_fp8_linear = functools.partial(print, **keywords)
+        given = []
+
+        def quantize(x, group_size, scale_ue8m0):
+            given.append((group_size, scale_ue8m0))
+            return harness.reference.quantize_blocks(x, 1)
+
+        name = "sglang_per_token_group_quant_fp8"
+        monkeypatch.setattr(mla_fp8_prefill, name, quantize)
+        harness.run_prefill(env, harness.make_batch(env, extend_lens=[5, 3]))
+        assert given == [(128, ue8m0)]
 
     @pytest.mark.parametrize(
         "setting, dims, device, capability, reason",
@@ -597,6 +652,8 @@ class TestStart:
             ("trtllm_mla", "on", dict(v_scale=4.0, dtype=torch.float16)),
             ("fa3", "on", dict(k_scale=0.5, v_scale=4.0)),
             ("fa3", "off", dict(rope=None)),
+            ("trtllm_mla", "in FP8", {}),
+            ("trtllm_mla", "in FP8", dict(k_scale=0.5)),
         ],
     )
     @with_each_producer
@@ -606,13 +663,18 @@ class TestStart:
         """The kernels' constants, and the types and the alignment of what else they are
         given and specialize on."""
         monkeypatch.setenv(SWITCH, producer)
-        monkeypatch.setenv(GEMM_SWITCH, gemm)
+        monkeypatch.setenv(GEMM_SWITCH, "on" if gemm == "in FP8" else gemm)
         flashinfer(True)
         monkeypatch.setenv("SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD", "1")
         env = make_env(DEEPSEEK, backend, **layer)
         batch_runs.any_batch_is_large(env)
+        if gemm == "in FP8":
+            batch_runs.kv_b_proj_in_fp8(env)
         variants = env.backend._prefill_variants(env.runner.model)
-        env.backend._compile_prefill_kernels(producer, variants)
+        weights = env.backend._gemm_weights(env.runner.model)
+        if gemm == "off":
+            weights = {}
+        env.backend._compile_prefill_kernels(producer, variants, [*weights.values()])
         at_start = specializations()
         for how, batch in (
             (harness.run_prefill, CHUNKS),
@@ -653,7 +715,7 @@ class TestStart:
         env.backend._compile_prefill_kernels = lambda *args: compiled.append(args)
         env.backend.device, env.backend.skip_prefill = device, skip_prefill
         env.backend.init_fp8_prefill(env.runner)
-        assert compiled == [("fused", {(False, 1.0, 1.0)})] * compiles
+        assert compiled == [("fused", {(False, 1.0, 1.0)}, [])] * compiles
 
     def test_one_line_for_each_backend_on_rank_0(self, log, monkeypatch):
         for backend in BACKENDS * 2:

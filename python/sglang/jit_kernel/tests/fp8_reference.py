@@ -136,6 +136,23 @@ def assert_fp8(
     assert difference.within(share), str(difference)
 
 
+def quantize_blocks(
+    x: torch.Tensor, rows: int, columns: int = 128
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [n, k] in FP8 and the float32 scales of its blocks, whose largest is 448."""
+    blocks = x.float().unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+    scale = blocks.abs().amax((1, 3)).clamp_min(1e-10) / 448
+    scaled = (blocks / scale[:, None, :, None]).clamp(-448, 448)
+    return scaled.to(torch.float8_e4m3fn).view(x.shape), scale
+
+
+def times_scales(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """FP8 values times the scales of their blocks, in float64."""
+    for dim, size in enumerate(x.shape):
+        scale = scale.repeat_interleave(size // scale.shape[dim], dim)
+    return x.double() * scale.double()
+
+
 def poison(shape, dtype: torch.dtype, device: str = DEVICE) -> torch.Tensor:
     """FP8 or uint8 memory full of NaN bytes."""
     return torch.full(shape, 0xFF, dtype=torch.uint8, device=device).view(dtype)

@@ -8,7 +8,9 @@ from sglang.jit_kernel.tests.fp8_reference import (
     DEVICE,
     assert_fp8,
     nan_memory,
+    quantize_blocks,
     slice_of,
+    times_scales,
 )
 from sglang.test.ci.ci_register import register_cuda_ci
 
@@ -39,36 +41,28 @@ def make(tokens, heads, lora=512, rope=64, dtype=torch.bfloat16):
 
 
 def make_fp8(tokens, heads, lora=512, rope=64, unit_latent=False):
-    """The same with latent and weight in FP8, and random scales of blocks of 128; the
-    latent without any if it is as in the KV cache."""
-    _, weight, k_pe = make(tokens, heads, lora, rope)
-    kv_a_scale = torch.rand(tokens, lora // 128, device=DEVICE) + 0.1
-    scales = dict(weight_scale=torch.rand(heads * 2, lora // 128, device=DEVICE) / 100)
-    if unit_latent:
-        scales["weight_scale"] *= 0.5
-    else:
-        scales["kv_a_scale"] = kv_a_scale
-    kv_a = torch.randn(tokens, lora + 16, device=DEVICE).mul_(3).to(FP8)[:, :lora]
-    return (kv_a, (weight * 1000).to(FP8), k_pe), scales
-
-
-def unscaled(x, scale, *block):
-    """FP8 values times the scales of their blocks, in float64."""
-    x = x.double()
-    if scale is None:
-        return x
-    for dim, size in enumerate(block):
-        scale = scale.repeat_interleave(size, dim)
-    return x * scale.double()
+    """The same with latent and weight in FP8 and the scales of their blocks; the latent
+    without any if it is as in the KV cache."""
+    kv_a, weight, k_pe = make(tokens, heads, lora, rope)
+    weight, weight_scale = quantize_blocks(weight, 128)
+    kv_a_scale = None
+    if not unit_latent:
+        kv_a, kv_a_scale = quantize_blocks(kv_a, 1)
+    in_wider_rows = kv_a.new_empty(tokens, lora + 16, dtype=FP8)[:, :lora]
+    in_wider_rows.copy_(kv_a)
+    scales = dict(kv_a_scale=kv_a_scale, weight_scale=weight_scale)
+    return (in_wider_rows, weight, k_pe), scales
 
 
 def expected(
     kv_a, weight, k_pe, scale_invs=(1.0, 1.0), kv_a_scale=None, weight_scale=None
 ):
     """The definition in float64."""
-    kv_a = unscaled(kv_a, kv_a_scale, 1, 128)
-    weight = unscaled(weight, weight_scale, 128, 128)
-    kv = (kv_a @ weight.T).unflatten(1, (-1, 256))
+    if kv_a_scale is not None:
+        kv_a = times_scales(kv_a, kv_a_scale)
+    if weight_scale is not None:
+        weight = times_scales(weight, weight_scale)
+    kv = (kv_a.double() @ weight.double().T).unflatten(1, (-1, 256))
     k_pe = k_pe.double().flatten(1)[:, None].expand(-1, kv.shape[1], -1)
     k = torch.cat([kv[..., :128], k_pe], dim=-1)
     return k * scale_invs[0], kv[..., 128:] * scale_invs[1]

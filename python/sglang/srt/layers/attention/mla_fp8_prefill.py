@@ -17,13 +17,15 @@ will run the batch to take over before RoPE and the KV-cache write::
   on with RoPE, the cache write and BF16 operands, as for a backend without the method.
 
 A backend that returns FP8 operands also has ``takes_prefill(layer, forward_batch)``,
-whether the hook takes the batch, and ``pack_prefix_chunk_kv(kv_a, k_pe, layer) ->
-(k, v)``, which turns a prefix chunk, gathered from the cache in the backend's
-``q_data_type``, into operands of the same kind.
+whether the hook takes the batch, and ``gather_prefix_chunk_kv(kv_indices, layer,
+forward_batch) -> (k, v)``, which turns a prefix chunk, by its slots in the cache, into
+operands of the same kind.
 
-**The projection.** Where ``kv_b_proj`` has a plain weight, K and V of both are not
-written in the model's dtype first: one GEMM of this project's writes them in FP8
-(SGLANG_MLA_FP8_PREFILL_GEMM; ``mla_kv_proj_quantize_fp8``).
+**The projection.** Where ``kv_b_proj`` has a plain weight, in the model's dtype or in FP8
+with scales of blocks, K and V of both are not written in the model's dtype first: one GEMM
+of this project's writes them in FP8 (SGLANG_MLA_FP8_PREFILL_GEMM;
+``mla_kv_proj_quantize_fp8``). With FP8 weights it takes a prefix chunk's latent as it is in
+the cache.
 
 **Log-sum-exps.** SGLang merges the results of prefix chunks by natural log-sum-exps;
 trtllm-gen's ragged attention returns base-2 ones. With SGLANG_MLA_FP8_PREFILL_LSE=auto
@@ -45,6 +47,7 @@ from sglang.jit_kernel.fp8_quantize import fp8_quantize
 from sglang.jit_kernel.mla_kv_pack_quantize_fp8 import mla_kv_pack_quantize_fp8
 from sglang.jit_kernel.mla_kv_proj_quantize_fp8 import (
     HEAD_DIM,
+    SCALE_BLOCK,
     mla_kv_proj_quantize_fp8,
     rows_are_aligned,
 )
@@ -68,9 +71,11 @@ from sglang.srt.layers.attention.mla_fp8_prefill_internals import (
     kv_pool_of,
     metrics_model_name,
     prefill_backend_name,
+    sglang_per_token_group_quant_fp8,
     write_loc,
 )
 from sglang.srt.layers.linear import ColumnParallelLinear
+from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, MLATokenToKVPool
@@ -192,12 +197,8 @@ def attend_prefix_chunks(
 
     for i in range(forward_batch.num_prefix_chunks):
         forward_batch.set_prefix_chunk_idx(i)
-        kv_a, k_pe = layer._get_mla_kv_buffer(
-            forward_batch.prefix_chunk_kv_indices[i],
-            backend.q_data_type,
-            forward_batch,
-        )
-        k, v = backend.pack_prefix_chunk_kv(kv_a, k_pe, layer)
+        kv_indices = forward_batch.prefix_chunk_kv_indices[i]
+        k, v = backend.gather_prefix_chunk_kv(kv_indices, layer, forward_batch)
         chunk = attend_to_chunk(layer.attn_mha, q, k, v, forward_batch)
         output, lse = merge_state(*chunk, output, lse)
     return output
@@ -262,22 +263,66 @@ def _is_one_shot_over_prefix(forward_batch: ForwardBatch) -> bool:
     )
 
 
-def _plain_kv_b_proj_weight(
+class _Weight(NamedTuple):
+    """A weight that is all there is to its projection, but for scales in FP8."""
+
+    data: torch.Tensor
+    scale: Optional[torch.Tensor] = None  # of blocks of 128 x 128
+    ue8m0_latent: bool = False  # scales of what it multiplies are powers of two
+
+
+def _kv_b_proj_weight(
     layer: DeepseekV2AttentionMLA, dtype: torch.dtype
-) -> Optional[torch.Tensor]:
-    """The weight that is all there is to kv_b_proj; None with LoRA, quantized or with a
-    bias."""
+) -> Optional[_Weight]:
+    """kv_b_proj's weight in this dtype or in FP8 with float32 scales of blocks; None with
+    LoRA, quantized otherwise or with a bias."""
     proj = layer.kv_b_proj
     if (
-        type(proj) is ColumnParallelLinear
-        and type(proj.quant_method) is UnquantizedLinearMethod
-        and proj.bias is None
-        and not proj.gather_output
-        and proj.weight.dtype == dtype
-        and proj.weight.is_contiguous()
+        type(proj) is not ColumnParallelLinear
+        or proj.bias is not None
+        or proj.gather_output
+        or not proj.weight.is_contiguous()
     ):
-        return proj.weight
-    return None
+        return None
+    method, weight = proj.quant_method, proj.weight
+    if type(method) is UnquantizedLinearMethod and weight.dtype == dtype:
+        return _Weight(weight)
+    if type(method) is not Fp8LinearMethod or weight.dtype != FP8:
+        return None
+    scale = getattr(proj, "weight_scale_inv", None)
+    if (
+        scale is None
+        or scale.dtype != torch.float32
+        or scale.shape != tuple(size // SCALE_BLOCK for size in weight.shape)
+        or not scale.is_contiguous()
+        or getattr(scale, "format_ue8m0", False)
+    ):
+        return None
+    keywords = getattr(method.w8a8_block_fp8_linear, "keywords", {})
+    return _Weight(weight, scale, keywords.get("act_scale_ue8m0", False))
+
+
+def _project_kv_fp8(
+    weight: _Weight,
+    kv_a: torch.Tensor,
+    k_pe: torch.Tensor,
+    scale_invs: tuple[float, float],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FP8 (k, v) of the latent kv_a [n, lora], which is quantized as SGLang's linear does
+    where the weight is in FP8 and it is not."""
+    kv_a_scale = None
+    if weight.scale is not None and kv_a.dtype != FP8:
+        kv_a, kv_a_scale = sglang_per_token_group_quant_fp8(
+            kv_a.contiguous(), SCALE_BLOCK, scale_ue8m0=weight.ue8m0_latent
+        )
+    return mla_kv_proj_quantize_fp8(
+        kv_a,
+        weight.data,
+        k_pe,
+        *scale_invs,
+        kv_a_scale=kv_a_scale,
+        weight_scale=weight.scale,
+    )
 
 
 def _project_kv(layer: DeepseekV2AttentionMLA, kv_a: torch.Tensor) -> torch.Tensor:
@@ -353,7 +398,10 @@ class MLAFP8PrefillMixin:
             outcome = f"with the {producer} producer"
             variants = self._prefill_variants(model)
             if torch.device(self.device).type == "cuda":
-                self._compile_prefill_kernels(producer, variants)
+                weights = {}
+                if self._gemm_reason is None and model is not None:
+                    weights = self._gemm_weights(model)
+                self._compile_prefill_kernels(producer, variants, [*weights.values()])
         _log_once(f"{type(self).__name__}: FP8 prefill preparation {outcome}")
         if reason is None:
             gemm = self._gemm_reason
@@ -504,25 +552,30 @@ class MLAFP8PrefillMixin:
                 return "needs SM90"
         if setting == AUTO and (capability is None or capability[0] != 9):
             return "measured on SM90 only: SGLANG_MLA_FP8_PREFILL_GEMM=on"
-        if model is not None and not any(
-            _plain_kv_b_proj_weight(module, self.q_data_type) is not None
-            for module in model.modules()
-            if hasattr(module, "kv_b_proj") and hasattr(module, "attn_mha")
-        ):
+        if model is not None and not self._gemm_weights(model):
             return "its weight is not plain"
         return None
 
+    def _gemm_weights(self, model: torch.nn.Module) -> dict[torch.dtype, _Weight]:
+        """A weight of each dtype among those in the model that the GEMM can take."""
+        weights = {}
+        for module in model.modules():
+            if hasattr(module, "kv_b_proj") and hasattr(module, "attn_mha"):
+                weight = _kv_b_proj_weight(module, self.q_data_type)
+                if weight is not None:
+                    weights[weight.data.dtype] = weight
+        return weights
+
     def _gemm_weight(
-        self, layer: DeepseekV2AttentionMLA, kv_a: torch.Tensor
-    ) -> Optional[torch.Tensor]:
+        self, layer: DeepseekV2AttentionMLA, num_tokens: int
+    ) -> Optional[_Weight]:
         """kv_b_proj's weight, where it is this project's GEMM that multiplies by it."""
         if (
             self._gemm_reason is not None
-            or kv_a.shape[0] * self.num_local_heads < self.least_gemm_rows
-            or not rows_are_aligned(kv_a)
+            or num_tokens * self.num_local_heads < self.least_gemm_rows
         ):
             return None
-        return _plain_kv_b_proj_weight(layer, self.q_data_type)
+        return _kv_b_proj_weight(layer, self.q_data_type)
 
     def _pool_decision(self, pool) -> tuple[Optional[str], Optional[str]]:
         """(why no row can be written to this KV pool, or None; its producer)."""
@@ -545,7 +598,9 @@ class MLAFP8PrefillMixin:
             if hasattr(module, "attn_mha") and hasattr(module, "rotary_emb")
         } or {(False, 1.0, 1.0)}
 
-    def _compile_prefill_kernels(self, producer: str, variants: set[tuple]) -> None:
+    def _compile_prefill_kernels(
+        self, producer: str, variants: set[tuple], weights: list[_Weight]
+    ) -> None:
         """Run one token through the kernels so that no request waits for a compiler."""
         nope, rope = self.qk_nope_head_dim, self.qk_rope_head_dim
         heads, lora = self.num_local_heads, self.kv_lora_rank
@@ -569,11 +624,14 @@ class MLAFP8PrefillMixin:
             k_and_v = [(kv, None)]
             if self.attends_to_prefix_in_one_shot:
                 k_and_v.append((None, None))
-            if self._gemm_reason is None:
-                k_and_v.append((None, zeros(1, rope, dtype=FP8)))
-                weight = zeros(heads * (nope + self.v_head_dim), lora)
-                for rotated in (k_pe, k_and_v[-1][1]):
-                    mla_kv_proj_quantize_fp8(kv_a, weight, rotated, *scale_invs)
+            k_pe_fp8 = zeros(1, rope, dtype=FP8)
+            if weights:
+                k_and_v.append((None, k_pe_fp8))
+            for weight in weights:
+                for rotated in (k_pe, k_pe_fp8):
+                    _project_kv_fp8(weight, kv_a, rotated, scale_invs)
+                if weight.scale is not None:
+                    _project_kv_fp8(weight, kv_a.to(FP8), k_pe_fp8, scale_invs)
             if producer == FUSED:
                 for kv_given, k_pe_out in k_and_v:
                     mla_prefill_quantize_fp8(
@@ -697,8 +755,8 @@ class MLAFP8PrefillMixin:
         over_prefix = _is_one_shot_over_prefix(forward_batch)
         weight = kv = k_pe_fp8 = None
         if not over_prefix:
-            if fused:
-                weight = self._gemm_weight(layer, kv_a)
+            if fused and rows_are_aligned(kv_a):
+                weight = self._gemm_weight(layer, kv_a.shape[0])
             if weight is not None:
                 k_pe_fp8 = q.new_empty((q.shape[0], q_pe.shape[-1]), dtype=FP8)
             else:
@@ -723,14 +781,10 @@ class MLAFP8PrefillMixin:
                 v_scale_inv=scale_invs[1],
             )
             if over_prefix:
-                kv_a, k_pe = layer._get_mla_kv_buffer(
-                    forward_batch.fetch_mha_one_shot_kv_indices(),
-                    self.q_data_type,
-                    forward_batch,
-                )
-                k, v = self.pack_prefix_chunk_kv(kv_a, k_pe, layer)
+                kv_indices = forward_batch.fetch_mha_one_shot_kv_indices()
+                k, v = self.gather_prefix_chunk_kv(kv_indices, layer, forward_batch)
             elif weight is not None:
-                k, v = mla_kv_proj_quantize_fp8(kv_a, weight, k_pe_fp8, *scale_invs)
+                k, v = _project_kv_fp8(weight, kv_a, k_pe_fp8, scale_invs)
             return q, k, v
         *qkv, latent, k_pe = self._prepare_composed(**inputs, scale_invs=scale_invs)
         num_cached = cache_loc.shape[0]
@@ -806,19 +860,31 @@ class MLAFP8PrefillMixin:
         )
         return q_fp8, k_fp8
 
-    def pack_prefix_chunk_kv(
-        self, kv_a: torch.Tensor, k_pe: torch.Tensor, layer: DeepseekV2AttentionMLA
+    def gather_prefix_chunk_kv(
+        self,
+        kv_indices: torch.Tensor,
+        layer: DeepseekV2AttentionMLA,
+        forward_batch: ForwardBatch,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """FP8 (k, v), contiguous, of tokens whose k_pe is rotated already, such as those
-        of a prefix chunk.
+        """FP8 (k, v), contiguous, of tokens in the KV cache, such as those of a prefix
+        chunk, by their slots kv_indices [n].
 
-        kv_a [n, lora], k_pe [n, 1, rope], in the model's dtype; k and v are divided by
-        the layer's k_scale and v_scale.
+        k and v are divided by the layer's k_scale and v_scale.
         """
         scale_invs = self._prefill_scale_invs(layer.attn_mha)
-        weight = self._gemm_weight(layer, kv_a)
-        if weight is not None:
-            return mla_kv_proj_quantize_fp8(kv_a, weight, k_pe, *scale_invs)
+        weight = self._gemm_weight(layer, kv_indices.shape[0])
+        # As it is in the cache, where nothing has to be multiplied by a scale.
+        as_cached = (
+            weight is not None
+            and weight.scale is not None
+            and scale_invs[0] == 1.0
+            and self._batch.producer == FUSED
+        )
+        kv_a, k_pe = layer._get_mla_kv_buffer(
+            kv_indices, FP8 if as_cached else self.q_data_type, forward_batch
+        )
+        if as_cached or (weight is not None and rows_are_aligned(kv_a)):
+            return _project_kv_fp8(weight, kv_a, k_pe, scale_invs)
         kv = _project_kv(layer, kv_a)
         k_nope, v = kv.split([layer.qk_nope_head_dim, layer.v_head_dim], dim=-1)
         return mla_kv_pack_quantize_fp8(k_nope, k_pe, v, *scale_invs)

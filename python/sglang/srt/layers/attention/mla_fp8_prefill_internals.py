@@ -43,6 +43,15 @@ except ModuleNotFoundError:  # before 0.5.23
 
 
 try:
+    from sglang.kernels.ops.quantization.fp8_kernel import (
+        sglang_per_token_group_quant_fp8,
+    )
+except ModuleNotFoundError:  # before 0.5.16
+    from sglang.srt.layers.quantization.fp8_kernel import (
+        sglang_per_token_group_quant_fp8,
+    )
+
+try:
     from sglang.srt.layers import dcp
     from sglang.srt.runtime_context import get_parallel
 except ImportError:  # before 0.5.15

@@ -87,6 +87,7 @@ def run(backends: Sequence[str], patched: bool) -> Iterator[Check]:
         yield from check_kernels(reference)
         if min(gpu.sm for gpu in gpus) >= GEMM_FROM:
             yield attempt(GEMM, check_gemm, reference)
+            yield attempt(f"{GEMM}, weight in FP8", check_gemm, reference, True)
         if "trtllm_mla" in backends and runs_attention(gpus):
             yield attempt("log-sum-exp", check_lse_base, os.environ)
 
@@ -274,16 +275,20 @@ def check_bandwidth(reference: ModuleType, name: str, *shape) -> tuple[str, str]
 
 
 def check_gemm(
-    reference: ModuleType, tokens: int = 8192, device: str = "cuda"
+    reference: ModuleType,
+    in_fp8: bool = False,
+    tokens: int = 8192,
+    device: str = "cuda",
 ) -> tuple[str, str]:
-    """K and V straight out of kv_b_proj against cuBLAS and a launch, for a prefix chunk of
-    DeepSeek-V3 on one GPU and on one of eight."""
+    """K and V straight out of kv_b_proj against SGLang's GEMM and a launch, for a prefix
+    chunk of DeepSeek-V3 on one GPU and on one of eight; in_fp8: for weights in FP8."""
     hook = importlib.import_module(HOOK)
+    fp8_utils = importlib.import_module("sglang.srt.layers.quantization.fp8_utils")
     dims = reference.MODELS["deepseek-v3"]
     torch.manual_seed(0)
     times = []
     for heads in (dims.heads, dims.heads // 8):
-        kv_a, k_pe, weight = (
+        kv_a, k_pe, plain = (
             torch.randn(*shape, device=device).to(torch.bfloat16)
             for shape in (
                 (tokens, dims.lora),
@@ -291,29 +296,44 @@ def check_gemm(
                 (heads * (dims.nope + dims.v), dims.lora),
             )
         )
-        weight *= dims.lora**-0.5
+        plain *= dims.lora**-0.5
+        weight, scale = (
+            reference.quantize_blocks(plain, 128) if in_fp8 else (plain, None)
+        )
 
         def fused():
-            return getattr(hook, GEMM)(kv_a, weight, k_pe)
+            weights = hook._Weight(weight, scale)
+            return hook._project_kv_fp8(weights, kv_a, k_pe, (1.0, 1.0))
 
         def separate():
-            kv = torch.nn.functional.linear(kv_a, weight).view(tokens, heads, -1)
-            k_nope, v = kv.split([dims.nope, dims.v], dim=-1)
+            if in_fp8:
+                linear = fp8_utils.dispatch_w8a8_block_fp8_linear()
+                kv = linear(kv_a, weight, [128, 128], scale)
+            else:
+                kv = torch.nn.functional.linear(kv_a, weight)
+            k_nope, v = kv.view(tokens, heads, -1).split([dims.nope, dims.v], dim=-1)
             return getattr(hook, KERNELS[1])(k_nope, k_pe, v)
 
         some = slice(-111, None)  # more would take float64's time
         with reference.nan_memory():
             k, v = (x[some] for x in fused())
-        kv = (kv_a[some].double() @ weight.double().T).unflatten(1, (heads, -1))
+        latent, multiplied = kv_a[some].double(), weight.double()
+        if in_fp8:
+            quantized = hook.sglang_per_token_group_quant_fp8(kv_a[some], 128)
+            latent = reference.times_scales(*quantized)
+            multiplied = reference.times_scales(weight, scale)
+        kv = (latent @ multiplied.T).unflatten(1, (heads, -1))
         k_nope, exact_v = kv.split([dims.nope, dims.v], dim=-1)
         exact_k = torch.cat([k_nope, k_pe[some].expand(-1, heads, -1)], dim=-1)
+        slack = 2**-8 if in_fp8 else 0.0
         for name, actual, exact in (("k", k, exact_k), ("v", v, exact_v)):
-            difference = reference.fp8_difference(actual, exact)
+            difference = reference.fp8_difference(actual, exact, slack)
             if not difference.within_bounds:
                 return FAIL, f"{name}: {difference}. Set {GEMM_SWITCH}=off"
         times += [time_of(separate) / time_of(fused)]
-    text = "{:.2f} times as fast as cuBLAS and a launch with {} heads, {:.2f} with {}"
-    text = text.format(times[0], dims.heads, times[1], dims.heads // 8)
+    text = "{:.2f} times as fast as {} and a launch with {} heads, {:.2f} with {}"
+    peer = "SGLang's GEMM" if in_fp8 else "cuBLAS"
+    text = text.format(times[0], peer, dims.heads, times[1], dims.heads // 8)
     faster = "on" if min(times) > 1 else "off"
     return OK, f"{text}: {GEMM_SWITCH}={faster} is faster here"
 

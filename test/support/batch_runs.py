@@ -25,7 +25,6 @@ from sglang_internals import (
     call,
     enable_breakable_cuda_graph,
     enable_piecewise_cuda_graph,
-    fp8_kernel,
     running,
     set_piecewise_forward_context,
 )
@@ -420,16 +419,7 @@ def loading_by_layer(env: Env) -> None:
 
 def any_batch_is_large(env: Env) -> None:
     """Enough for K and V out of kv_b_proj in FP8."""
-    env.backend.least_gemm_rows = 0
-
-
-def _block_fp8_linear(
-    input, weight, block_size, weight_scale, input_scale=None, bias=None
-) -> torch.Tensor:
-    """Stands in for SGLang's GEMMs of FP8 with scales of blocks, which need a GPU."""
-    times_scales = harness.reference.times_scales
-    x = times_scales(*fp8_kernel.sglang_per_token_group_quant_fp8(input, 128))
-    return (x @ times_scales(weight, weight_scale).T).to(input.dtype)
+    env.backend.least_gemm_rows = env.backend.least_fp8_gemm_rows = 0
 
 
 def kv_b_proj_in_fp8(env: Env) -> None:
@@ -449,8 +439,6 @@ def kv_b_proj_in_fp8(env: Env) -> None:
     proj.weight_scale_inv.data.copy_(scale)
     if HAS_GPU:
         proj.quant_method.process_weights_after_loading(proj)
-    else:
-        proj.quant_method.w8a8_block_fp8_linear = _block_fp8_linear
     env.attn.kv_b_proj = proj
 
 

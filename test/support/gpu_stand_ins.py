@@ -25,6 +25,7 @@ from sglang_cpu import DEVICE, HAS_GPU
 from sglang_internals import RELEASE, backend_class, fixup_zero_kv, fp8_kernel, jit_rope
 
 from sglang.srt.layers.attention import flashinfer_mla_backend
+from sglang.srt.layers.quantization import fp8, fp8_utils
 from sglang.srt.layers.rotary_embedding import base as rotary_base
 from sglang.srt.layers.rotary_embedding import rope_variant
 from sglang.srt.models.deepseek_common.attention_forward_methods import forward_mha
@@ -231,6 +232,17 @@ def _quantize_groups(x, group_size, scale_ue8m0=False):
     return (groups / scale).to(torch.float8_e4m3fn).flatten(-2), scale.squeeze(-1)
 
 
+def _block_fp8_linear(
+    input, weight, block_size, weight_scale, input_scale=None, bias=None
+) -> torch.Tensor:
+    """Stands in for SGLang's GEMMs of FP8 with scales of blocks, which need a GPU."""
+    x, scale = _quantize_groups(input, block_size[1])
+    x = x.double() * scale.repeat_interleave(block_size[1], -1)
+    for dim, size in enumerate(block_size):
+        weight_scale = weight_scale.repeat_interleave(size, dim)
+    return (x @ (weight.double() * weight_scale).T).to(input.dtype)
+
+
 def _fixup_zero_kv_rows(out, lse, kv_lens, cum_seq_lens, max_seq_len) -> None:
     """Stands in for SGLang's JIT CUDA kernel of that name, which before 0.5.17 writes
     four heads at a time, at addresses of 16 bytes."""
@@ -354,6 +366,10 @@ def _install_stand_ins() -> None:
         )
     fp8_kernel.sgl_per_tensor_quant_fp8 = _quantize_per_tensor
     fp8_kernel.sglang_per_token_group_quant_fp8 = _quantize_groups
+    for module in (fp8, fp8_utils):
+        module.dispatch_w8a8_block_fp8_linear = (
+            lambda *args, **kwargs: _block_fp8_linear
+        )
     # The unpatched SGLang has no such module.
     hook = sys.modules.get("sglang.srt.layers.attention.mla_fp8_prefill")
     if hook is not None:

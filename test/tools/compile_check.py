@@ -71,6 +71,8 @@ PROJECT_OPTIONS = [
     dict(k_pe_in_fp8=True),
     dict(dtype=torch.float16),
     dict(scale=0.5),
+    dict(weight_in_fp8=True),
+    dict(weight_in_fp8=True, kv_a_scale=None, k_pe_in_fp8=True),
 ]
 
 
@@ -127,8 +129,11 @@ def call(job: Job) -> None:
     options = dict(job.options)
     fp8_dtype = options.pop("fp8_dtype", torch.float8_e4m3fn)
     scale = options.pop("scale", 1.0)
-    in_fp8 = options.pop("k_pe_in_fp8", False)
-    given = {name: options.pop(name) for name in ("kv",) if name in options}
+    k_pe_in_fp8 = options.pop("k_pe_in_fp8", False)
+    weight_in_fp8 = options.pop("weight_in_fp8", False)
+    given = {
+        name: options.pop(name) for name in ("kv", "kv_a_scale") if name in options
+    }
     if options.pop("k_pe_out", False):
         given["k_pe_out"] = torch.zeros(2, dims.rope).to(fp8_dtype)
     x = prefill_inputs(dims, tokens=2, **options)
@@ -148,8 +153,14 @@ def call(job: Job) -> None:
         mla_kv_pack_quantize_fp8(k_nope, x["k_pe"], v)
     elif job.operation == "project":
         weight = x["kv_a"].new_empty(dims.heads * 256, dims.lora)
-        k_pe = x["k_pe"].to(fp8_dtype) if in_fp8 else x["k_pe"]
-        mla_kv_proj_quantize_fp8(x["kv_a"], weight, k_pe, scale, scale)
+        k_pe = x["k_pe"].to(fp8_dtype) if k_pe_in_fp8 else x["k_pe"]
+        kv_a = x["kv_a"]
+        if weight_in_fp8:
+            kv_a, weight = kv_a.to(fp8_dtype), weight.to(fp8_dtype)
+            blocks = dims.lora // 128
+            given.setdefault("kv_a_scale", torch.ones(len(kv_a), blocks))
+            given["weight_scale"] = torch.ones(dims.heads * 2, blocks)
+        mla_kv_proj_quantize_fp8(kv_a, weight, k_pe, scale, scale, **given)
     else:
         fp8_quantize(v)
 

@@ -646,25 +646,29 @@ class TestKernels:
         # Half of: k_nope and v of two heads and k_pe in BF16, then k and v in FP8.
         assert copied == [5 * (2 * (2 * 32 + 16) + 2 * 48) // 2]
 
-    def check_gemm(self, reference) -> Check:
+    def check_gemm(self, reference, in_fp8: bool = False) -> Check:
+        import gpu_stand_ins  # what quantizes the latent of a weight in FP8
+
         small = SimpleNamespace(**vars(reference))
         dims = reference.MODELS["deepseek-v3"]._replace(heads=8)
         small.MODELS = {"deepseek-v3": dims}
-        return selftest.attempt("", selftest.check_gemm, small, 5, DEVICE)
+        return selftest.attempt("", selftest.check_gemm, small, in_fp8, 5, DEVICE)
 
+    @pytest.mark.parametrize("in_fp8", [False, True])
     @pytest.mark.parametrize("times, setting", [([3, 2], "on"), ([2, 3], "off")])
-    def test_gemm(self, reference, times, setting, monkeypatch):
+    def test_gemm(self, reference, times, setting, in_fp8, monkeypatch):
         left = iter([3, 1, *times])
         monkeypatch.setattr(selftest, "time_of", lambda call: call() and next(left))
-        check = self.check_gemm(reference)
+        check = self.check_gemm(reference, in_fp8)
         assert check.mark == OK and check.text.startswith("3.00 times as fast")
         assert f"{doctor.GEMM_SWITCH}={setting} is faster here" in check.text
 
-    def test_wrong_gemm(self, reference, monkeypatch):
+    @pytest.mark.parametrize("in_fp8", [False, True])
+    def test_wrong_gemm(self, reference, in_fp8, monkeypatch):
         def change(outputs, kwargs):
             outputs[1][-1, -1, -1] ^= 2
 
         self.wrap(monkeypatch, selftest.GEMM, change)
-        check = self.check_gemm(reference)
+        check = self.check_gemm(reference, in_fp8)
         assert check.mark == FAIL and check.text.startswith("v: 1 of")
         assert f"{doctor.GEMM_SWITCH}=off" in check.text

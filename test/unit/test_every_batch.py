@@ -162,16 +162,17 @@ def test_taken(case, backend, run, hook, log):
     causal = [call.real_rows() for call in result.calls if call.causal]
     wanted_causal = harness.expected_causal(env, batch, result)
     sums_fp8 = env.attn.kv_b_proj.weight.dtype == E4M3
+    slack = 2**-7 if sums_fp8 and harness.HAS_GPU else 0.0
     for parts, wanted in zip(zip(*causal), zip(*wanted_causal)):
-        reference.assert_fp8(torch.cat(parts), torch.cat(wanted), sums_fp8)
+        reference.assert_fp8(torch.cat(parts), torch.cat(wanted), slack)
     if len(causal) == 1:  # else each part of the batch has chunks of its own
         chunks = [call.real_rows() for call in result.calls if not call.causal]
         one_shot = result.method == "MHA_ONE_SHOT"
         wanted_chunks = [] if one_shot else harness.expected_chunks(env, batch)
         assert len(chunks) == len(wanted_chunks)
         for (_, *kv), wanted in zip(chunks, wanted_chunks):
-            reference.assert_fp8(kv[0], wanted[0], sums_fp8)
-            reference.assert_fp8(kv[1], wanted[1], sums_fp8)
+            reference.assert_fp8(kv[0], wanted[0], slack)
+            reference.assert_fp8(kv[1], wanted[1], slack)
     assert [call.data_ptrs for call in result.calls] == hook.operands
     for call in result.calls:
         assert call.name == KERNEL[backend] and call.contiguous

@@ -436,6 +436,9 @@ class TestGemm:
     def test_how_large_a_batch_has_to_be(self, env):
         env.backend.least_gemm_rows = 12 * DEEPSEEK.heads
         assert self.takes(env, 12) and not self.takes(env, 11)
+        batch_runs.kv_b_proj_in_fp8(env)
+        env.backend.least_fp8_gemm_rows = 3 * DEEPSEEK.heads
+        assert self.takes(env, 3) and not self.takes(env, 2)
 
     def test_rows_that_are_not_aligned(self, env, monkeypatch):
         """kv_b_proj's own linear takes them."""

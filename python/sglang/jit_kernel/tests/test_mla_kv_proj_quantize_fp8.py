@@ -72,9 +72,11 @@ def run(inputs, scale_invs=(1.0, 1.0), scales={}, **options):
     """Call the kernel in memory full of NaN and compare with the definition."""
     with nan_memory():
         outputs = mla_kv_proj_quantize_fp8(*inputs, **scales, **options)
+    # K and V are some 3.
+    slack = 2**-7 * max(scale_invs) if scales and DEVICE == "cuda" else 0.0
     for out, wanted in zip(outputs, expected(*inputs, scale_invs, **scales)):
         assert out.is_contiguous() and out.dtype == FP8
-        assert_fp8(out, wanted, sums_fp8=bool(scales))
+        assert_fp8(out, wanted, slack)
     return outputs
 
 

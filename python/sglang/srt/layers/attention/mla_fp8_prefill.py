@@ -351,8 +351,8 @@ class MLAFP8PrefillMixin:
     # Whether the prefill kernel multiplies by v_scale; else its output is multiplied.
     prefill_kernel_has_v_scale = True
     # Tokens times heads from which K and V straight out of kv_b_proj are faster than
-    # cuBLAS and a launch.
-    least_gemm_rows = 16384
+    # cuBLAS and a launch, and with a weight in FP8 than DeepGEMM and one.
+    least_gemm_rows, least_fp8_gemm_rows = 16384, 1024
     # k_scale and v_scale that this layer's K and V are divided by.
     prefill_kv_scales = 1.0, 1.0
     # False: as in SGLang, decode multiplies by k_scale though rows of the KV cache are not
@@ -570,12 +570,13 @@ class MLAFP8PrefillMixin:
         self, layer: DeepseekV2AttentionMLA, num_tokens: int
     ) -> Optional[_Weight]:
         """kv_b_proj's weight, where it is this project's GEMM that multiplies by it."""
-        if (
-            self._gemm_reason is not None
-            or num_tokens * self.num_local_heads < self.least_gemm_rows
-        ):
+        rows = num_tokens * self.num_local_heads
+        if self._gemm_reason is not None or rows < self.least_fp8_gemm_rows:
             return None
-        return _kv_b_proj_weight(layer, self.q_data_type)
+        weight = _kv_b_proj_weight(layer, self.q_data_type)
+        if rows < self.least_gemm_rows and weight is not None and weight.scale is None:
+            return None
+        return weight
 
     def _pool_decision(self, pool) -> tuple[Optional[str], Optional[str]]:
         """(why no row can be written to this KV pool, or None; its producer)."""

@@ -880,25 +880,34 @@ COMPARED = [
 ]
 
 
-def runnable(case: Case) -> bool:
+def runnable(case: Case, backend: str) -> bool:
+    if not HAS_GPU:
+        return True
+    # SGLang's own hook writes with FlashInfer's kernel, at addresses of 16 bytes.
+    own_hook = RELEASE.renamed("prepare_prefill_qkv") != "prepare_prefill_qkv"
+    misaligned = own_hook and backend != "fa3" and case.name == "dims-not-16"
     # sgl_kernel's norms take no float32.
-    return not (HAS_GPU and case.name == "fp32")
+    return case.name != "fp32" and not misaligned
 
 
 def run_unpatched(target: str) -> None:
     """Run what is compared bit for bit, and COMPARED, on an unpatched SGLang: into the
     file `target`, by case and backend, a Result or what went wrong."""
     results = {}
-    for case in filter(runnable, CASES + FORCED):
+    for case in CASES + FORCED:
         for backend in BACKENDS:
+            if not runnable(case, backend):
+                continue
             kind = case.outcome(backend).kind
             if kind in ("declined", "untouched", "corrected") or (
                 kind == "taken" and case.name in COMPARED
             ):
                 try:
-                    result = case.scenario.on(backend).run()
-                    if HAS_GPU:
-                        torch.cuda.synchronize()
+                    try:
+                        result = case.scenario.on(backend).run()
+                    finally:
+                        if HAS_GPU:
+                            torch.cuda.synchronize()
                 except Exception as error:
                     if "CUDA error" in str(error):  # and of all that follows
                         raise RuntimeError(f"{case.name} on {backend}") from error

@@ -56,9 +56,9 @@ def cases_of(test: str, among=CASES):
         "case, backend",
         [
             pytest.param(case, backend, id=f"{case.name}-{backend}")
-            for case in filter(batch_cases.runnable, among)
+            for case in among
             for backend in BACKENDS
-            if case.test(backend) == test
+            if case.test(backend) == test and batch_cases.runnable(case, backend)
         ],
     )
 

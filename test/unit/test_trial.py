@@ -235,12 +235,17 @@ class Fake(FakeServer):
     def start(self):
         self.log.write_text(self.says)
 
+    # Looks at its process that find it, while it is ending.
+    found_alive = 3
+
     def alive(self):
-        return self.fault != "has ended"
+        if self.fault == "is ending":
+            self.found_alive -= 1
+        return self.found_alive > 0
 
     def post(self, path, json=None, timeout=60):
         if self.fault == "ends" and path.startswith("/flush_cache"):
-            self.fault = "has ended"
+            self.fault = "is ending"
             raise requests.ConnectionError("refused")
         if "text" not in (json or {}):
             return super().post(path, json, timeout)

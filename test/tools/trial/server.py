@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import requests
 from e2e import compare, profiles
 from e2e.compare import Prompt
 from e2e.servers import Request, Server
@@ -27,6 +28,7 @@ from prefill_patch.doctor import OFF, SWITCH
 
 SIDES = {"off": {SWITCH: OFF}, "on": {}}
 START_SECONDS = 3600  # of a large checkpoint on a cold disk
+ENDS_SECONDS = 20
 NEW_TOKENS = 32
 # As long as log-probabilities of a large vocabulary fit in what a server leaves free.
 ASKED, LENGTHS = 512, (101, 300, 500, 512, 4096) * 2
@@ -137,9 +139,14 @@ def measured(
     """What `measure` finds; raises with the end of its log if the server ends meanwhile."""
     try:
         found = measure(server, prompts, say)
-    except Exception:
-        if server.alive():
-            raise
+    except Exception as error:
+        # A server that ends refuses connections seconds before its process is gone.
+        refused = isinstance(error, requests.ConnectionError)
+        deadline = time.monotonic() + (ENDS_SECONDS if refused else 0)
+        while server.alive():
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
     else:
         if server.alive():
             return found

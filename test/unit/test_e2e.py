@@ -169,7 +169,8 @@ def server(tmp_path):
 @pytest.mark.parametrize("natural", [True, False])
 def test_what_each_server_of_a_pair_is_started_with(natural, tmp_path, monkeypatch):
     monkeypatch.setattr(pairs.Run, "model", lambda self, kind: tmp_path)
-    trees = SimpleNamespace(unpatched="before", patched="after")
+    trees = SimpleNamespace(unpatched=tmp_path / "before", patched=tmp_path / "after")
+    monkeypatch.setattr(pairs, "no_prefill_graphs", lambda site: "--no-graphs")
     run = pairs.Run(trees, tmp_path, quick=True)
     switch = "SGLANG_MLA_FP8_PREFILL"
     composed = {switch: "composed"}
@@ -178,12 +179,13 @@ def test_what_each_server_of_a_pair_is_started_with(natural, tmp_path, monkeypat
     )
     lse = {"STANDIN_LSE": "natural"} if natural else {}
     for side, site, env in (
-        ("unpatched", "before", lse),
-        ("off", "after", {**lse, switch: "off", f"{switch}_LSE": "e"}),
-        ("patched", "after", composed),
+        ("unpatched", trees.unpatched, lse),
+        ("off", trees.patched, {**lse, switch: "off", f"{switch}_LSE": "e"}),
+        ("patched", trees.patched, composed),
     ):
         server = run.server(case, side, (0,))
         assert (server.site, server.env) == (site, {"A": "b", **env})
+        assert "--no-graphs" in server.args
 
 
 class TestRecord:
@@ -398,12 +400,12 @@ def test_the_results_hold_what_is_done_and_other_sections_rows(tmp_path):
         assert page.problems(rows) == ["load: ValueError: it broke"]
 
 
-def test_prefill_graphs_are_for_their_section_alone():
-    flag = "--disable-piecewise-cuda-graph"
+def test_prefill_graphs_are_for_their_section_alone(unpatched_sglang):
+    flag = pairs.no_prefill_graphs(unpatched_sglang)
     for case in pairs.one_gpu_cases() + pairs.two_gpu_cases():
-        assert flag in case.arguments()
+        assert flag in case.arguments(unpatched_sglang)
     graphs = pairs.Case("graphs", pairs.TRTLLM, **profiles.GRAPHS_CASE)
-    assert flag not in graphs.arguments()
+    assert flag not in graphs.arguments(unpatched_sglang)
 
 
 def test_every_pair_has_a_name_of_its_own_and_a_model():

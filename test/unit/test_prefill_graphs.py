@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import batch_runs
@@ -10,6 +11,7 @@ import mla_harness as harness
 import pytest
 import torch
 from batch_cases import DEEPSEEK
+from e2e.pairs import no_prefill_graphs
 from mla_harness import TINY, make_env
 from sglang_internals import decode_context_parallel, parse_graph_config, publish
 from transformers import DeepseekV3Config
@@ -180,7 +182,10 @@ def test_the_log_names_the_flag_of_every_release(monkeypatch):
     """Run on all of them, by `run_batches`."""
     lines = []
     monkeypatch.setattr(mla_fp8_prefill, "_log_once", lines.append)
-    assert captures_prefills("--attention-backend", "flashinfer")
+    flashinfer = "--attention-backend", "flashinfer"
+    assert captures_prefills(*flashinfer)
+    site = Path(server_args_module.__file__).parents[2]
+    assert not captures_prefills(*flashinfer, no_prefill_graphs(site))
     trtllm_mla = "--attention-backend", "trtllm_mla"
     with contextlib.suppress(ImportError), decode_context_parallel():  # from 0.5.15 on
         assert captures_prefills(*trtllm_mla)

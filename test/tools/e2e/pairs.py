@@ -30,6 +30,13 @@ SMALL_PREFIX_CHUNKS = {"SGLANG_MAX_KV_CHUNK_CAPACITY": "8192"}
 SIDE_BY_SIDE = max(2, 3 * (os.cpu_count() or 1) // 4)
 
 
+def no_prefill_graphs(site: Path) -> str:
+    """The flag that turns SGLang's prefill CUDA graphs off; from 0.5.20 on, the second."""
+    flags = "--disable-piecewise-cuda-graph", "--disable-prefill-cuda-graph"
+    known = (site / "sglang/srt/server_args.py").read_text()
+    return flags[0] if f'"{flags[0]}"' in known else flags[1]
+
+
 @dataclass(frozen=True)
 class Case:
     """A pair of servers, and what they are asked."""
@@ -60,13 +67,13 @@ class Case:
     # Whether attention kernels are stood in for.
     standin: bool = True
 
-    def arguments(self) -> list[str]:
+    def arguments(self, site: Path) -> list[str]:
         backends = ["--attention-backend", self.backend]
         if self.decode:
             backends = ["--prefill-attention-backend", self.backend]
             backends += ["--decode-attention-backend", self.decode]
         if not self.prefill_graphs:
-            backends += ["--disable-piecewise-cuda-graph"]
+            backends += [no_prefill_graphs(site)]
         return [*backends, "--chunked-prefill-size", str(self.chunk), *self.more]
 
 
@@ -181,7 +188,7 @@ class Run:
             env |= OFF
         name = f"{case.name}-{case.backend}-{side}".replace(", ", "-").replace(" ", "-")
         folder = self.folder / "servers" / name
-        arguments = case.arguments()
+        arguments = case.arguments(site)
         return Server(
             folder, site, self.model(model), arguments, env, gpus, case.standin
         )

@@ -21,6 +21,7 @@ _PARTS = (
     "jit_kernel/utils/*.py",
     "kernels/jit/**/*.py",
     "kernels/ops/*.py",
+    "kernels/ops/quantization/*.py",
     "srt/*.py",
     "srt/compilation/*.py",
     "srt/distributed/*.py",

@@ -319,7 +319,7 @@ def check_gemm(
             k, v = (x[some] for x in fused())
         latent, multiplied = kv_a[some].double(), weight.double()
         if in_fp8:
-            quantized = hook.sglang_per_token_group_quant_fp8(kv_a[some], 128)
+            quantized = hook.per_token_group_quant_fp8(kv_a[some], 128)
             latent = reference.times_scales(*quantized)
             multiplied = reference.times_scales(weight, scale)
         kv = (latent @ multiplied.T).unflatten(1, (heads, -1))

@@ -371,9 +371,9 @@ def _install_stand_ins() -> None:
             lambda *args, **kwargs: _block_fp8_linear
         )
     # The unpatched SGLang has no such module.
-    hook = sys.modules.get("sglang.srt.layers.attention.mla_fp8_prefill")
-    if hook is not None:
-        hook.sglang_per_token_group_quant_fp8 = _quantize_groups
+    internals = f"{flashattention_backend.__package__}.mla_fp8_prefill_internals"
+    if internals in sys.modules:
+        sys.modules[internals].sglang_per_token_group_quant_fp8 = _quantize_groups
     flashinfer_mla_backend.BatchMLAPagedAttentionWrapper = _FlashInferWrapper
     flashinfer_mla_backend.BatchPrefillWithRaggedKVCacheWrapper = _FlashInferWrapper
     # The CUDA branches: they write and gather cache rows as servers do, and rotate in

@@ -514,8 +514,7 @@ class TestGemm:
             given.append((group_size, scale_ue8m0))
             return harness.reference.quantize_blocks(x, 1)
 
-        name = "sglang_per_token_group_quant_fp8"
-        monkeypatch.setattr(mla_fp8_prefill, name, quantize)
+        monkeypatch.setattr(mla_fp8_prefill, "per_token_group_quant_fp8", quantize)
         harness.run_prefill(env, harness.make_batch(env, extend_lens=[5, 3]))
         assert given == [(128, ue8m0)]
 

@@ -40,7 +40,7 @@ from sglang.jit_kernel.tests.fp8_reference import (
     times_scales,
 )
 from sglang.srt.layers.attention.mla_fp8_prefill_internals import (
-    sglang_per_token_group_quant_fp8,
+    per_token_group_quant_fp8,
 )
 from sglang.srt.layers.attention.utils import concat_and_cast_mha_k_triton
 from sglang.srt.layers.quantization.fp8_utils import dispatch_w8a8_block_fp8_linear
@@ -182,7 +182,7 @@ def prefill_by_gemm(x):
     kv_a, weight, scales = x["kv_a"], x["kv_weight"], {}
     if isinstance(weight, tuple):
         weight, scales["weight_scale"] = weight
-        kv_a, scales["kv_a_scale"] = sglang_per_token_group_quant_fp8(kv_a, 128)
+        kv_a, scales["kv_a_scale"] = per_token_group_quant_fp8(kv_a, 128)
     return q, *mla_kv_proj_quantize_fp8(kv_a, weight, k_pe, **scales)
 
 
@@ -304,7 +304,7 @@ def check(operation, provider, function, dims):
         if operation in IN_FP8:
             weight, slack = times_scales(*weight), 2**-7
         if operation == PROJECT_ALL_FP8:
-            kv_a = times_scales(*sglang_per_token_group_quant_fp8(x["kv_a"], 128))
+            kv_a = times_scales(*per_token_group_quant_fp8(x["kv_a"], 128))
         kv = kv_a @ weight.double().T
         exact = {**q_projected(x), "kv": kv.view(x["kv"].shape)}
     # Before the call, as bf16_prefill rotates in place. Packing does not rotate.

@@ -70,8 +70,8 @@ from sglang.srt.layers.attention.mla_fp8_prefill_internals import (
     in_cuda_graph,
     kv_pool_of,
     metrics_model_name,
+    per_token_group_quant_fp8,
     prefill_backend_name,
-    sglang_per_token_group_quant_fp8,
     write_loc,
 )
 from sglang.srt.layers.linear import ColumnParallelLinear
@@ -312,8 +312,8 @@ def _project_kv_fp8(
     where the weight is in FP8 and it is not."""
     kv_a_scale = None
     if weight.scale is not None and kv_a.dtype != FP8:
-        kv_a, kv_a_scale = sglang_per_token_group_quant_fp8(
-            kv_a.contiguous(), SCALE_BLOCK, scale_ue8m0=weight.ue8m0_latent
+        kv_a, kv_a_scale = per_token_group_quant_fp8(
+            kv_a, SCALE_BLOCK, weight.ue8m0_latent
         )
     return mla_kv_proj_quantize_fp8(
         kv_a,

@@ -176,6 +176,16 @@ def attend_to_chunk(
     return attn(q, k, v, forward_batch, save_kv_cache=False, **keys)
 
 
+def per_token_group_quant_fp8(
+    x: torch.Tensor, group_size: int, scale_ue8m0: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [n, k] as SGLang's linears in FP8 quantize their input: FP8 and float32 scales
+    [n, k / group_size], contiguous; with scale_ue8m0 powers of two."""
+    return sglang_per_token_group_quant_fp8(
+        x.contiguous(), group_size, scale_ue8m0=scale_ue8m0
+    )
+
+
 def write_loc(
     forward_batch: ForwardBatch,
 ) -> Union[torch.Tensor, memory_pool.KVWriteLoc]:

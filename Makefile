@@ -16,11 +16,12 @@ ONLY ?=
 IMPORTED := apache-tvm-ffi fastapi opentelemetry-api uvicorn xgrammar
 READY := $(if $(VENV),$(VENV)/.ready)
 RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+PYTEST := $(RUN) -m pytest -n $(JOBS) --dist worksteal
 PIP := $(RUN) -m pip --quiet --disable-pip-version-check
 SOURCES := *.py prefill_patch python test
 BENCH = $(RUN) test/tools/bench.py --sglang $(SGLANG) $(if $(PEERS),--peers $(PEERS))
 
-.PHONY: run test test-releases new-release lint docs compile-check bench bench-check e2e accuracy clean
+.PHONY: run test coverage test-releases new-release lint docs compile-check bench bench-check e2e accuracy clean
 
 # Patch a real SGLang, run its own prefill code and print how exact the result is.
 run: $(READY)
@@ -28,12 +29,16 @@ run: $(READY)
 
 # The tests; fetches the attention kernels of one release, 120 MB.
 test: $(READY)
-	$(RUN) -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term --sglang=$(SGLANG)
+	$(PYTEST) --sglang=$(SGLANG)
+
+# The same, and what of the patch and its builder they run; half as long again.
+coverage: $(READY)
+	$(PYTEST) --sglang=$(SGLANG) --cov --cov-report=term
 
 # What depends on the release, every batch included, on all of them: an hour on two cores.
 # Fetches their wheels, 10 MB each, and those of the attention kernels that they pin, 320 MB.
 test-releases: $(READY)
-	$(RUN) -m pytest -n $(JOBS) --dist worksteal --every-release test/unit/test_releases.py test/unit/test_real_kernel.py
+	$(PYTEST) --every-release test/unit/test_releases.py test/unit/test_real_kernel.py
 
 # Try the patch on a release that it does not know, and print what breaks.
 new-release: $(READY)

@@ -310,6 +310,7 @@ class TestPair:
 
 def test_the_unpatched_server_may_have_a_model_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(pairs, "Server", lambda folder, site, model, *more: model)
+    monkeypatch.setattr(pairs, "no_prefill_graphs", lambda site: "--no-graphs")
     trees = SimpleNamespace(patched=None, unpatched=None)
     run = SimpleNamespace(trees=trees, folder=tmp_path, model=lambda kind: kind)
     case = pairs.Case("scales", "tokenspeed_mla", model="a", unpatched_model="b")

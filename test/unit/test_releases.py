@@ -82,16 +82,11 @@ def test_lines_are_formatted_as_upstream_wants_them(release, tmp_path):
     assert unused_imports(write_tree(tmp_path / "new", patch.files)) == []
 
 
-# What a release of which `make test` does not run all runs in seconds.
-A_PART = "dp-padding-prefix or hides or writes or flag"
-
-
 @pytest.mark.skipif(HAS_GPU, reason="a GPU host has what one release needs")
 @releases(RELEASES[-1])
-def test_every_batch(release, request):
+def test_every_batch(release):
     """The table of batches, on the release's own classes."""
-    in_full = request.config.getoption("--every-release")
-    done = run_batches(release.version, *([] if in_full else ["-k", A_PART]))
+    done = run_batches(release.version)
     assert done.returncode == 0, done.stdout
 
 

@@ -647,7 +647,7 @@ class TestKernels:
         assert copied == [5 * (2 * (2 * 32 + 16) + 2 * 48) // 2]
 
     def check_gemm(self, reference, in_fp8: bool = False) -> Check:
-        import gpu_stand_ins  # what quantizes the latent of a weight in FP8
+        import gpu_stand_ins  # noqa: F401, it quantizes the latent of a weight in FP8
 
         small = SimpleNamespace(**vars(reference))
         dims = reference.MODELS["deepseek-v3"]._replace(heads=8)

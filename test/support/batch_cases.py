@@ -634,6 +634,16 @@ CASES = [
         env=dict(pool_class=runs.linear_pool, modify_layer=runs.fourth_layer),
     ),
     case(
+        "unified-pool",
+        "a pool of unified memory, which stores the rows, with FlashInfer",
+        Since("0.5.17", TAKEN, before=NOT_YET),
+        env=dict(dims=DEEPSEEK, pool_class=runs.unified_pool),
+        batch=CHUNKS,
+        how=runs.at_physical_slots,
+        producer="composed",
+        flashinfer=True,
+    ),
+    case(
         "own-writer-pool",
         "a pool that stores rows its own way, with FlashInfer",
         env=dict(dims=DEEPSEEK, pool_class=runs.OwnWriterPool),

@@ -4,6 +4,7 @@ pools. A function that runs one takes (env, batch) and gives a Result."""
 from __future__ import annotations
 
 import copy
+import importlib
 import sys
 from collections import Counter
 from contextlib import contextmanager, nullcontext
@@ -480,6 +481,61 @@ def dsa_pool(**kwargs):
     return DSATokenToKVPool(
         **kwargs, index_head_dim=128, kv_cache_dim=512 + 512 // 128 * 4 + 64 * 2
     )
+
+
+def unified_pool(
+    size: int,
+    page_size: int,
+    dtype: torch.dtype,
+    kv_lora_rank: int,
+    qk_rope_head_dim: int,
+    device: str,
+    **kwargs,
+) -> memory_pool.MLATokenToKVPool:
+    """Of a buffer that it shares with another pool. Where slots are physical token ids,
+    from 0.5.22 on, rows of two layers follow one another."""
+    unified = importlib.import_module("sglang.srt.mem_cache.unified_memory_pool")
+    pool_class = unified.UnifiedMLATokenToKVPool
+    physical = getattr(pool_class, "requires_physical_write_loc", False)
+    mla = unified.MLASubPoolSpec(
+        name="mla",
+        layer_num=1 + physical,
+        grow_direction="up",
+        kv_lora_rank=kv_lora_rank,
+        qk_rope_head_dim=qk_rope_head_dim,
+        store_dtype=torch.uint8,
+    )
+    other = unified.MHASubPoolSpec(
+        name="other",
+        layer_num=1,
+        grow_direction="down",
+        head_num=1,
+        head_dim=64,
+        store_dtype=torch.bfloat16,
+    )
+    buffer = unified.UnifiedKVPool(
+        total_bytes=2 * (size + page_size) * mla.entry_bytes(),
+        sub_pool_specs=[mla, other],
+        device=device,
+        enable_memory_saver=False,
+        page_size=page_size,
+    )
+    return pool_class(
+        unified_buffer=buffer,
+        sub_pool_name="mla",
+        kv_cache_dtype=dtype,
+        page_size=page_size,
+    )
+
+
+def at_physical_slots(env: Env, batch: Batch) -> Result:
+    """As the plan of a batch marks them, which a unified pool wants from 0.5.22 on."""
+
+    def mark(forward_batch) -> ContextManager:
+        forward_batch.out_cache_loc_is_physical = True
+        return nullcontext()
+
+    return run_prefill(env, batch, around=mark)
 
 
 class LinearPool(memory_pool.HybridLinearKVPool):

@@ -465,11 +465,12 @@ class TestGemm:
             ),
             lambda proj: setattr(proj, "gather_output", True),
             lambda proj: proj.half(),
+            lambda proj: delattr(proj, "weight"),
             lambda proj: setattr(
                 proj.weight, "data", proj.weight.data.T.contiguous().T
             ),
         ],
-        ids=["bias", "quantized", "lora", "gathered", "dtype", "layout"],
+        ids=["bias", "quantized", "lora", "gathered", "dtype", "no weight", "layout"],
     )
     def test_what_kv_b_proj_has_to_be(self, change, env):
         change(env.attn.kv_b_proj)

@@ -277,14 +277,16 @@ def _kv_b_proj_weight(
     """kv_b_proj's weight in this dtype or in FP8 with float32 scales of blocks; None with
     LoRA, quantized otherwise or with a bias."""
     proj = layer.kv_b_proj
+    weight = getattr(proj, "weight", None)  # AWQ and others have it by another name
     if (
         type(proj) is not ColumnParallelLinear
+        or weight is None
+        or not weight.is_contiguous()
         or proj.bias is not None
         or proj.gather_output
-        or not proj.weight.is_contiguous()
     ):
         return None
-    method, weight = proj.quant_method, proj.weight
+    method = proj.quant_method
     if type(method) is UnquantizedLinearMethod and weight.dtype == dtype:
         return _Weight(weight)
     if type(method) is not Fp8LinearMethod or weight.dtype != FP8:

@@ -93,7 +93,7 @@ def _mla_kv_proj_quantize_fp8_kernel(
             if weight_scale_ptr is None:
                 acc = tl.dot(kv_a, weight.T, acc)
             else:
-                # What the tensor cores sum before float32 does, as elsewhere.
+                # The tensor cores sum one block, float32 the blocks.
                 j = i // BLOCK_K
                 scale = tl.load(weight_scale_ptr + part * (LORA // BLOCK_K) + j)
                 if kv_a_scale_ptr is not None:
@@ -244,7 +244,9 @@ def _make_plan(
     if k_pe.dtype == FP8:
         check_output("k_pe", k_pe, k_pe.shape, FP8, kv_a.device)
     else:
-        check_input("k_pe", k_pe, kv_a if weight_scale is None else None)
+        # Of either dtype beside a latent in FP8.
+        like = kv_a if weight_scale is None else kv_a.new_empty(0, dtype=k_pe.dtype)
+        check_input("k_pe", k_pe, like)
     heads = weight.shape[0] // row
     block_t, block_k, programs_per_sm = _tile(weight_scale)
     programs = 1

@@ -181,6 +181,7 @@ def test_rejects(name, change):
         ("lora", lambda x: x[:, :192]),
         ("weight", lambda x: x.to(torch.bfloat16)),
         ("k_pe", lambda x: x.float()),
+        ("k_pe", lambda x: x.to("meta")),
         ("kv_a_scale", lambda x: x[:3]),
         ("kv_a_scale", lambda x: x[:, :1]),
         ("kv_a_scale", lambda x: x.T.contiguous().T),

@@ -101,14 +101,13 @@ class _Loader(SourceFileLoader):
         gc.disable()
         try:
             self._data, self._todo = edits.apply_tested(self._data, self._todo), ()
-            code = self.source_to_code(self._data, self.path)
         finally:
             if was_enabled:
                 gc.enable()
         lines = io.StringIO(self.get_source(name)).readlines()
         # Without a time, which says that these lines are not the file's.
         linecache.cache[self.path] = len(self._data), None, lines, self.path
-        return code
+        return self.source_to_code(self._data, self.path)
 
     def get_data(self, path):
         return self._data if path == self.path else super().get_data(path)

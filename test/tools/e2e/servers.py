@@ -182,12 +182,15 @@ def _session(pid: int) -> Optional[int]:
 
 
 def _kill(processes: Sequence[psutil.Process]) -> None:
+    killed = []
     for process in processes:
         try:
-            process.kill()
+            if process.status() != psutil.STATUS_ZOMBIE:
+                process.kill()
+                killed.append(process)
         except psutil.NoSuchProcess:
             continue
-    psutil.wait_procs(processes, timeout=30)
+    psutil.wait_procs(killed, timeout=30)
 
 
 class Server:
@@ -384,4 +387,6 @@ class Server:
         psutil.wait_procs(processes, timeout=2)
         _kill(processes)
         self.process.wait(timeout=30)
+        for _ in range(3):
+            _kill(self.processes())  # what those have started meanwhile
         _running.discard(self)

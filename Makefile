@@ -35,7 +35,7 @@ test: $(READY)
 coverage: $(READY)
 	$(PYTEST) --sglang=$(SGLANG) --cov --cov-report=term
 
-# What depends on the release, every batch included, on all of them: an hour on two cores.
+# What depends on the release, every batch included, on all of them: a quarter of an hour.
 # Fetches their wheels, 10 MB each, and those of the attention kernels that they pin, 320 MB.
 test-releases: $(READY)
 	$(PYTEST) --every-release test/unit/test_releases.py test/unit/test_real_kernel.py

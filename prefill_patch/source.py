@@ -12,7 +12,7 @@ import sys
 import tokenize
 import warnings
 from collections.abc import Iterable, Iterator
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import NamedTuple
 
 from prefill_patch.errors import PatchError
@@ -93,8 +93,6 @@ def validate(text: str) -> None:
     _compiled(text, 0)
 
 
-# A target that no release fits is tried as each of them.
-@lru_cache(maxsize=32)
 def _compiled(text: str, flags: int):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the target's own deprecated escapes

@@ -33,9 +33,11 @@ from sglang_cpu import HAS_GPU
 from sglang_internals import (
     DRAFT_EXTEND,
     RELEASE,
+    backend_class,
     decode_context_parallel,
     enable_breakable_cuda_graph,
     enable_piecewise_cuda_graph,
+    has_own_hook,
 )
 
 from prefill_patch.releases import FA3, RELEASES, Release, ordered
@@ -894,8 +896,7 @@ def runnable(case: Case, backend: str) -> bool:
     if not HAS_GPU:
         return True
     # SGLang's own hook writes with FlashInfer's kernel, at addresses of 16 bytes.
-    own_hook = RELEASE.renamed("prepare_prefill_qkv") != "prepare_prefill_qkv"
-    misaligned = own_hook and backend != "fa3" and case.name == "dims-not-16"
+    misaligned = has_own_hook(backend_class(backend)) and case.name == "dims-not-16"
     # sgl_kernel's norms take no float32.
     return case.name != "fp32" and not misaligned
 

@@ -670,17 +670,14 @@ def _kv_b_proj(env: Env, kv_a: torch.Tensor, cached: bool = False) -> torch.Tens
     weight for its GEMM, in float64, of the latent as SGLang quantizes it for a weight in
     FP8, or as it is in the cache."""
     proj = env.attn.kv_b_proj
-    exact = env.exact_projection or env.backend._gemm_weight(env.attn, len(kv_a))
-    if not exact:
+    scale = getattr(proj, "weight_scale_inv", None)
+    if not env.exact_projection and not env.backend._gemm_weight(env.attn, len(kv_a)):
         kv = proj(kv_a)[0]
-    elif proj.weight.dtype != torch.float8_e4m3fn:
-        kv = kv_a.double() @ proj.weight.double().T
     else:
-        if not cached or env.scales[0] != 1:
+        if scale is not None and (not cached or env.scales[0] != 1):
             quantize = fp8_kernel.sglang_per_token_group_quant_fp8
             kv_a = reference.times_scales(*quantize(kv_a, 128))
-        weight = reference.times_scales(proj.weight, proj.weight_scale_inv)
-        kv = kv_a.double() @ weight.T
+        kv = kv_a.double() @ reference.times_scales(proj.weight, scale).T
     return kv.view(-1, env.dims.heads, env.dims.nope + env.dims.v)
 
 

@@ -118,6 +118,12 @@ def backend_class(name: str) -> type:
     return getattr(_module(f"srt.layers.attention.{module}"), name)
 
 
+def has_own_hook(backend: Any) -> bool:
+    """Whether the patch's is beside one of SGLang's."""
+    name = "prepare_prefill_qkv"
+    return RELEASE.renamed(name) != name and hasattr(backend, name)
+
+
 def running(backend: Any) -> ContextManager:
     """In this context the model's attention runs on that backend."""
     try:

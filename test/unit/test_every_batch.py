@@ -14,7 +14,13 @@ import torch
 from batch_cases import BACKENDS, CASES, COMPARED, FORCED
 from gpu_stand_ins import forget_compiled_kernels, runs_fa3
 from mla_harness import reference, same_bits
-from sglang_internals import FA3_HAS_KV_SCALES, RELEASE, DSATokenToKVPool, backend_class
+from sglang_internals import (
+    FA3_HAS_KV_SCALES,
+    RELEASE,
+    DSATokenToKVPool,
+    backend_class,
+    has_own_hook,
+)
 
 from prefill_patch.releases import ordered
 from sglang.srt.layers.attention import mla_fp8_prefill
@@ -61,12 +67,6 @@ def cases_of(test: str, among=CASES):
             if case.test(backend) == test and batch_cases.runnable(case, backend)
         ],
     )
-
-
-def has_own_hook(backend) -> bool:
-    """Whether the patch's is beside one of SGLang's."""
-    name = "prepare_prefill_qkv"
-    return RELEASE.renamed(name) != name and hasattr(backend, name)
 
 
 class HookCalls:

@@ -675,9 +675,7 @@ class TestStart:
             batch_runs.kv_b_proj_in_fp8(env)
         variants = env.backend._prefill_variants(env.runner.model)
         weights = env.backend._gemm_weights(env.runner.model)
-        if gemm == "off":
-            weights = {}
-        env.backend._compile_prefill_kernels(producer, variants, [*weights.values()])
+        env.backend._compile_prefill_kernels(producer, variants, weights)
         at_start = specializations()
         for how, batch in (
             (harness.run_prefill, CHUNKS),

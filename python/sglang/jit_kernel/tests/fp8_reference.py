@@ -149,8 +149,10 @@ def quantize_blocks(
     return scaled.to(torch.float8_e4m3fn).view(x.shape), scale
 
 
-def times_scales(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """FP8 values times the scales of their blocks, in float64."""
+def times_scales(x: torch.Tensor, scale: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """Values in float64, in FP8 times the scales of their blocks, if they have any."""
+    if scale is None:
+        return x.double()
     for dim, size in enumerate(x.shape):
         scale = scale.repeat_interleave(size // scale.shape[dim], dim)
     return x.double() * scale.double()

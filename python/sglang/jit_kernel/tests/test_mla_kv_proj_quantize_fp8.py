@@ -58,11 +58,8 @@ def expected(
     kv_a, weight, k_pe, scale_invs=(1.0, 1.0), kv_a_scale=None, weight_scale=None
 ):
     """The definition in float64."""
-    if kv_a_scale is not None:
-        kv_a = times_scales(kv_a, kv_a_scale)
-    if weight_scale is not None:
-        weight = times_scales(weight, weight_scale)
-    kv = (kv_a.double() @ weight.double().T).unflatten(1, (-1, 256))
+    kv = times_scales(kv_a, kv_a_scale) @ times_scales(weight, weight_scale).T
+    kv = kv.unflatten(1, (-1, 256))
     k_pe = k_pe.double().flatten(1)[:, None].expand(-1, kv.shape[1], -1)
     k = torch.cat([kv[..., :128], k_pe], dim=-1)
     return k * scale_invs[0], kv[..., 128:] * scale_invs[1]

@@ -304,6 +304,16 @@ def _kv_b_proj_weight(
     return _Weight(weight, scale, keywords.get("act_scale_ue8m0", False))
 
 
+def _kv_b_proj_weights(model: torch.nn.Module, dtype: torch.dtype) -> list[_Weight]:
+    """One for each dtype among those that `_kv_b_proj_weight` finds in the model."""
+    weights = (
+        _kv_b_proj_weight(module, dtype)
+        for module in model.modules()
+        if hasattr(module, "kv_b_proj") and hasattr(module, "attn_mha")
+    )
+    return [*{one.data.dtype: one for one in weights if one is not None}.values()]
+
+
 def _project_kv_fp8(
     weight: _Weight,
     kv_a: torch.Tensor,
@@ -400,10 +410,8 @@ class MLAFP8PrefillMixin:
             outcome = f"with the {producer} producer"
             variants = self._prefill_variants(model)
             if torch.device(self.device).type == "cuda":
-                weights = {}
-                if self._gemm_reason is None and model is not None:
-                    weights = self._gemm_weights(model)
-                self._compile_prefill_kernels(producer, variants, [*weights.values()])
+                weights = self._gemm_weights(model)
+                self._compile_prefill_kernels(producer, variants, weights)
         _log_once(f"{type(self).__name__}: FP8 prefill preparation {outcome}")
         if reason is None:
             gemm = self._gemm_reason
@@ -554,31 +562,29 @@ class MLAFP8PrefillMixin:
                 return "needs SM90"
         if setting == AUTO and (capability is None or capability[0] != 9):
             return "measured on SM90 only: SGLANG_MLA_FP8_PREFILL_GEMM=on"
-        if model is not None and not self._gemm_weights(model):
+        if model is not None and not _kv_b_proj_weights(model, self.q_data_type):
             return "its weight is not plain"
         return None
 
-    def _gemm_weights(self, model: torch.nn.Module) -> dict[torch.dtype, _Weight]:
-        """A weight of each dtype among those in the model that the GEMM can take."""
-        weights = {}
-        for module in model.modules():
-            if hasattr(module, "kv_b_proj") and hasattr(module, "attn_mha"):
-                weight = _kv_b_proj_weight(module, self.q_data_type)
-                if weight is not None:
-                    weights[weight.data.dtype] = weight
-        return weights
+    def _gemm_weights(self, model: Optional[torch.nn.Module]) -> list[_Weight]:
+        """A weight of each dtype among those that this project's GEMM multiplies by."""
+        if self._gemm_reason is not None or model is None:
+            return []
+        return _kv_b_proj_weights(model, self.q_data_type)
 
     def _gemm_weight(
         self, layer: DeepseekV2AttentionMLA, num_tokens: int
     ) -> Optional[_Weight]:
         """kv_b_proj's weight, where it is this project's GEMM that multiplies by it."""
-        rows = num_tokens * self.num_local_heads
-        if self._gemm_reason is not None or rows < self.least_fp8_gemm_rows:
+        if self._gemm_reason is not None:
             return None
         weight = _kv_b_proj_weight(layer, self.q_data_type)
-        if rows < self.least_gemm_rows and weight is not None and weight.scale is None:
+        if weight is None:
             return None
-        return weight
+        least = self.least_gemm_rows
+        if weight.scale is not None:
+            least = self.least_fp8_gemm_rows
+        return weight if num_tokens * self.num_local_heads >= least else None
 
     def _pool_decision(self, pool) -> tuple[Optional[str], Optional[str]]:
         """(why no row can be written to this KV pool, or None; its producer)."""

@@ -14,9 +14,10 @@ indented by four or more spaces. `#` in column 0 begins a comment.
 
 SCOPE is the dotted path of a class or function, or `module`. STMT is a kind (`assign`,
 `return`, `if`, `for`, `def`) and dotted names that the statement mentions or, with `!`
-in front, does not mention; of a compound statement only the header counts. Exactly one
-statement of the scope has to fit, at any depth but not in inner functions or classes;
-for `swap`, exactly one occurrence of OLD in the statements that fit.
+in front, does not mention; with `<` in front of either, the same of the statement above
+it in its block; of a compound statement only the header counts. Exactly one statement of
+the scope has to fit, at any depth but not in inner functions or classes; for `swap`,
+exactly one occurrence of OLD in the statements that fit.
 
 A line such as `[>= 0.5.13, < 0.5.17]` begins a section: what follows is for these
 releases only. `[]` ends it.
@@ -245,7 +246,7 @@ class Swap(Edit):
     is_marker = False  # upstream may well have the same expression of its own
 
     def locate(self, source: Source) -> Splice:
-        stmts = [stmt for stmt in self._statements(source) if self.stmt.fits(stmt)]
+        stmts = [place[1] for place in self._places(source) if self.stmt.fits(*place)]
         if not stmts:
             raise self.error("no such statement")
         found = [
@@ -259,13 +260,13 @@ class Swap(Edit):
 
     def undone(self, source: Source) -> Iterator[Splice]:
         kind = Pattern(self.stmt.kind, ())  # it may not mention what it did
-        for stmt in self._statements(source):
-            if kind.fits(stmt):
+        for block, stmt in self._places(source):
+            if kind.fits(block, stmt):
                 for span in self._occurrences(source, stmt, self.new):
                     yield Splice(*span, self.old)
 
-    def _statements(self, source: Source) -> list[ast.stmt]:
-        return [stmt for _, stmt in source.statements(source.scope(self.scope))]
+    def _places(self, source: Source) -> Iterator[tuple[list[ast.stmt], ast.stmt]]:
+        return source.statements(source.scope(self.scope))
 
     @staticmethod
     def _occurrences(

@@ -40,7 +40,7 @@ _ATTENTION = "sglang.srt.layers.attention"
 # Where the kernels themselves are depends on the release.
 HOOK = f"{_ATTENTION}.mla_fp8_prefill"
 KERNELS = ("mla_prefill_quantize_fp8", "mla_kv_pack_quantize_fp8", "fp8_quantize")
-GEMM = "mla_kv_proj_quantize_fp8"
+GEMM, Q_GEMM = "mla_kv_proj_quantize_fp8", "mla_q_proj_quantize_fp8"
 
 # SM numbers. Only these have the backends' attention kernels.
 FP8_CONVERSION, GEMM_FROM = 89, 90
@@ -88,6 +88,7 @@ def run(backends: Sequence[str], patched: bool) -> Iterator[Check]:
         if min(gpu.sm for gpu in gpus) >= GEMM_FROM:
             yield attempt(GEMM, check_gemm, reference)
             yield attempt(f"{GEMM}, weight in FP8", check_gemm, reference, True)
+            yield attempt(Q_GEMM, check_q_gemm, reference)
         if "trtllm_mla" in backends and runs_attention(gpus):
             yield attempt("log-sum-exp", check_lse_base, os.environ)
 
@@ -330,11 +331,57 @@ def check_gemm(
             if not difference.within_bounds:
                 return FAIL, f"{name}: {difference}. Set {GEMM_SWITCH}=off"
         times += [time_of(separate) / time_of(fused)]
-    text = "{:.2f} times as fast as {} and a launch with {} heads, {:.2f} with {}"
     peer = "SGLang's GEMM" if in_fp8 else "cuBLAS"
-    text = text.format(times[0], peer, dims.heads, times[1], dims.heads // 8)
+    return _faster_setting(f"as fast as {peer} and a launch", times, dims.heads)
+
+
+def check_q_gemm(
+    reference: ModuleType, tokens: int = 8192, device: str = "cuda"
+) -> tuple[str, str]:
+    """Q straight out of q_b_proj and the launch for the cache rows, against cuBLAS and
+    the launch for both, on one GPU and on one of eight."""
+    hook = importlib.import_module(HOOK)
+    dims, lora = reference.MODELS["deepseek-v3"], 1536
+    torch.manual_seed(0)
+    times = []
+    for heads in (dims.heads, dims.heads // 8):
+        inputs = {**reference.prefill_inputs(dims._replace(heads=heads), tokens)}
+        rope = inputs["positions"], inputs["cos_sin_cache"]
+        q_a, weight = (
+            torch.randn(n, lora, device=device).to(torch.bfloat16)
+            for n in (tokens, heads * (dims.nope + dims.rope))
+        )
+        weight *= lora**-0.5
+
+        def launch(q):
+            return getattr(hook, KERNELS[0])(**{**inputs, "q": q, "kv": None})
+
+        def fused():
+            q = getattr(hook, Q_GEMM)(q_a, weight, *rope)
+            return q, launch(inputs["q"][:, :0])
+
+        def separate():
+            q = torch.nn.functional.linear(q_a, weight)
+            return launch(q.unflatten(1, (heads, -1)))
+
+        some = slice(-111, None)  # more would take float64's time
+        with reference.nan_memory():
+            q = fused()[0][some]
+        exact = (q_a[some].double() @ weight.double().T).unflatten(1, (heads, -1))
+        exact[..., dims.nope :] = reference.rotate(
+            exact[..., dims.nope :], rope[0][some], rope[1], False
+        )
+        difference = reference.fp8_difference(q, exact)
+        if not difference.within_bounds:
+            return FAIL, f"q: {difference}. Set {GEMM_SWITCH}=off"
+        times += [time_of(separate) / time_of(fused)]
+    return _faster_setting("as fast as cuBLAS and the launch", times, dims.heads)
+
+
+def _faster_setting(what: str, times: Sequence[float], heads: int) -> tuple[str, str]:
+    text = f"{times[0]:.2f} times {what} with {heads} heads, {times[1]:.2f} with "
     faster = "on" if min(times) > 1 else "off"
-    return OK, f"{text}: {GEMM_SWITCH}={faster} is faster here"
+    return OK, f"{text}{heads // 8}: {GEMM_SWITCH}={faster} is faster here"
 
 
 def time_of(call: Callable[[], Any]) -> float:

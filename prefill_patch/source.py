@@ -48,7 +48,8 @@ class Frame(NamedTuple):
 
 class Pattern(NamedTuple):
     """What a statement has to be: its kind, and the dotted names that it mentions,
-    or, with `!` before the name, does not mention."""
+    or, with `!` before the name, does not mention; after `<`, the same of the statement
+    above it in its block."""
 
     kind: str
     names: tuple[str, ...]
@@ -56,12 +57,12 @@ class Pattern(NamedTuple):
     def __str__(self) -> str:
         return " ".join((self.kind, *self.names))
 
-    def fits(self, stmt: ast.stmt) -> bool:
+    def fits(self, block: list[ast.stmt], stmt: ast.stmt) -> bool:
         if not isinstance(stmt, KINDS[self.kind]):
             return False
-        named = mentions(stmt)
+        named = {f"<{name}" for name in _mentioned_above(block, stmt)} | mentions(stmt)
         return all(
-            name[1:] not in named if name.startswith("!") else name in named
+            name.replace("!", "") not in named if "!" in name else name in named
             for name in self.names
         )
 
@@ -143,6 +144,11 @@ def mentions(stmt: ast.stmt) -> set[str]:
     return {name for name in names if name}
 
 
+def _mentioned_above(block: list[ast.stmt], stmt: ast.stmt) -> set[str]:
+    above = block[: block.index(stmt)]
+    return mentions(above[-1]) if above else set()
+
+
 def needed_and_stored(code: str) -> tuple[set[str], set[str]]:
     """The names that code loads before it has set them, and those that it sets, but for
     the variables of comprehensions."""
@@ -207,7 +213,7 @@ class Source:
     def find(self, scope: str, pattern: Pattern) -> tuple[list[ast.stmt], ast.stmt]:
         """The one statement of a scope that fits, with its block."""
         places = self.statements(self.scope(scope))
-        found = [place for place in places if pattern.fits(place[1])]
+        found = [place for place in places if pattern.fits(*place)]
         if len(found) == 1:
             return found[0]
         reason = "no such statement"

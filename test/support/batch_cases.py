@@ -774,7 +774,7 @@ CASES = [
     ),
     case(
         "gemm",
-        "SGLANG_MLA_FP8_PREFILL_GEMM=on: K and V in FP8 out of kv_b_proj, with scales",
+        "SGLANG_MLA_FP8_PREFILL_GEMM=on: Q, K and V in FP8 out of their projections, with scales",
         env=dict(dims=DEEPSEEK, **SCALES),
         batch={**CHUNKS, "pad_rows": 2},
         change=runs.any_batch_is_large,

@@ -419,14 +419,20 @@ def loading_by_layer(env: Env) -> None:
 
 
 def any_batch_is_large(env: Env) -> None:
-    """Enough for K and V out of kv_b_proj in FP8."""
-    env.backend.least_gemm_rows = env.backend.least_fp8_gemm_rows = 0
+    """Enough for Q out of q_b_proj, and K and V out of kv_b_proj, in FP8."""
+    for name in ("least_gemm_rows", "least_fp8_gemm_rows", "least_q_gemm_rows"):
+        setattr(env.backend, name, 0)
 
 
 def kv_b_proj_in_fp8(env: Env) -> None:
-    """With scales of blocks, as in DeepSeek's checkpoints; and any batch large enough."""
+    """And any batch large enough."""
     any_batch_is_large(env)
-    old = env.attn.kv_b_proj
+    weight_in_fp8(env, "kv_b_proj")
+
+
+def weight_in_fp8(env: Env, name: str) -> None:
+    """With scales of blocks, as in DeepSeek's checkpoints."""
+    old = getattr(env.attn, name)
     config = Fp8Config(
         is_checkpoint_fp8_serialized=True,
         activation_scheme="dynamic",
@@ -440,7 +446,7 @@ def kv_b_proj_in_fp8(env: Env) -> None:
     proj.weight_scale_inv.data.copy_(scale)
     if HAS_GPU:
         proj.quant_method.process_weights_after_loading(proj)
-    env.attn.kv_b_proj = proj
+    setattr(env.attn, name, proj)
 
 
 def new_buffer(env: Env) -> None:

@@ -665,13 +665,29 @@ class Scenario:
         return self.how(*self.build())
 
 
+def _q_b_proj(env: Env, q_a: torch.Tensor) -> torch.Tensor:
+    """[n, h * (nope + rope)], likewise: in float64 where the backend takes the weight."""
+    proj = env.attn.q_b_proj
+    if (
+        env.exact_projection
+        or env.backend._q_gemm_weight(env.attn, len(q_a)) is not None
+    ):
+        return (
+            q_a.double()
+            @ reference.times_scales(
+                proj.weight, getattr(proj, "weight_scale_inv", None)
+            ).T
+        )
+    return proj(q_a)[0]
+
+
 def _kv_b_proj(env: Env, kv_a: torch.Tensor, cached: bool = False) -> torch.Tensor:
     """[n, h, nope + v]: the layer's own, in its dtype, or where the backend takes the
     weight for its GEMM, in float64, of the latent as SGLang quantizes it for a weight in
     FP8, or as it is in the cache."""
     proj = env.attn.kv_b_proj
     scale = getattr(proj, "weight_scale_inv", None)
-    if not env.exact_projection and not env.backend._gemm_weight(env.attn, len(kv_a)):
+    if not env.exact_projection and not env.backend._gemm_weight(proj, len(kv_a)):
         kv = proj(kv_a)[0]
     else:
         if scale is not None and (not cached or env.scales[0] != 1):
@@ -692,7 +708,7 @@ def layer_inputs(env: Env, batch: Batch) -> dict[str, Any]:
         else:
             latent = attn.fused_qkv_a_proj_with_mqa(batch.hidden)[0]
             q, latent = latent.split([attn.q_lora_rank, dims.lora + dims.rope], dim=-1)
-            q = attn.q_b_proj(attn.q_a_layernorm(q))[0]
+            q = _q_b_proj(env, attn.q_a_layernorm(q))
         kv_a, k_pe = latent.split([dims.lora, dims.rope], dim=-1)
         kv_a = attn.kv_a_layernorm(kv_a)
         kv = _kv_b_proj(env, kv_a)

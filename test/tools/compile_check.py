@@ -65,6 +65,7 @@ PREFILL_OPTIONS = [
     dict(scale=torch.tensor(0.5)),
     dict(kv=None),
     dict(kv=None, k_pe_out=True),
+    dict(q=None, kv=None, k_pe_out=True),
 ]
 PROJECT_OPTIONS = [
     {},
@@ -111,6 +112,8 @@ def jobs() -> list[Job]:
                 todo.append(Job(target, "prefill", pdl, options=options))
             for options in PROJECT_OPTIONS:
                 todo.append(Job(target, "project", pdl, options=options))
+            for heads in (None, 1):
+                todo.append(Job(target, "project q", pdl, heads=heads))
         if pdl:
             todo.append(Job(target, "prefill", pdl=False))
     return todo
@@ -122,6 +125,7 @@ def call(job: Job) -> None:
     from sglang.jit_kernel.mla_kv_pack_quantize_fp8 import mla_kv_pack_quantize_fp8
     from sglang.jit_kernel.mla_kv_proj_quantize_fp8 import mla_kv_proj_quantize_fp8
     from sglang.jit_kernel.mla_prefill_quantize_fp8 import mla_prefill_quantize_fp8
+    from sglang.jit_kernel.mla_q_proj_quantize_fp8 import mla_q_proj_quantize_fp8
     from sglang.jit_kernel.tests.fp8_reference import MODELS, prefill_inputs
 
     dims = MODELS[job.model]
@@ -132,12 +136,14 @@ def call(job: Job) -> None:
     k_pe_in_fp8 = options.pop("k_pe_in_fp8", False)
     weight_in_fp8 = options.pop("weight_in_fp8", False)
     given = {
-        name: options.pop(name) for name in ("kv", "kv_a_scale") if name in options
+        name: options.pop(name) for name in ("q", "kv", "kv_a_scale") if name in options
     }
     if options.pop("k_pe_out", False):
         given["k_pe_out"] = torch.zeros(2, dims.rope).to(fp8_dtype)
     x = prefill_inputs(dims, tokens=2, **options)
     x.update({name: x[name].contiguous() for name in ("q", "kv", "kv_a")})
+    if "q" in given:
+        given["q"] = x["q"][:, :0]
     k_nope, v = x["kv"][..., : dims.nope], x["kv"][..., dims.nope :]
     # Decided when a kernel is defined; of a call, only whether the CPU is accepted.
     triton.knobs.runtime.interpret = True
@@ -161,6 +167,10 @@ def call(job: Job) -> None:
             given.setdefault("kv_a_scale", torch.ones(len(kv_a), blocks))
             given["weight_scale"] = torch.ones(dims.heads * 2, blocks)
         mla_kv_proj_quantize_fp8(kv_a, weight, k_pe, scale, scale, **given)
+    elif job.operation == "project q":
+        q_a = x["kv_a"].new_empty(2, 1536)
+        weight = q_a.new_empty(dims.heads * (dims.nope + dims.rope), 1536)
+        mla_q_proj_quantize_fp8(q_a, weight, x["positions"], x["cos_sin_cache"])
     else:
         fp8_quantize(v)
 

@@ -646,29 +646,36 @@ class TestKernels:
         # Half of: k_nope and v of two heads and k_pe in BF16, then k and v in FP8.
         assert copied == [5 * (2 * (2 * 32 + 16) + 2 * 48) // 2]
 
-    def check_gemm(self, reference, in_fp8: bool = False) -> Check:
+    def check_gemm(self, reference, weight: str) -> Check:
         import gpu_stand_ins  # noqa: F401, it quantizes the latent of a weight in FP8
 
         small = SimpleNamespace(**vars(reference))
         dims = reference.MODELS["deepseek-v3"]._replace(heads=8)
         small.MODELS = {"deepseek-v3": dims}
+        if weight == "q_b_proj":
+            return selftest.attempt("", selftest.check_q_gemm, small, 5, DEVICE)
+        in_fp8 = weight == "kv_b_proj in FP8"
         return selftest.attempt("", selftest.check_gemm, small, in_fp8, 5, DEVICE)
 
-    @pytest.mark.parametrize("in_fp8", [False, True])
+    @pytest.mark.parametrize("weight", ["kv_b_proj", "kv_b_proj in FP8", "q_b_proj"])
     @pytest.mark.parametrize("times, setting", [([3, 2], "on"), ([2, 3], "off")])
-    def test_gemm(self, reference, times, setting, in_fp8, monkeypatch):
+    def test_gemm(self, reference, times, setting, weight, monkeypatch):
         left = iter([3, 1, *times])
         monkeypatch.setattr(selftest, "time_of", lambda call: call() and next(left))
-        check = self.check_gemm(reference, in_fp8)
+        check = self.check_gemm(reference, weight)
         assert check.mark == OK and check.text.startswith("3.00 times as fast")
         assert f"{doctor.GEMM_SWITCH}={setting} is faster here" in check.text
 
-    @pytest.mark.parametrize("in_fp8", [False, True])
-    def test_wrong_gemm(self, reference, in_fp8, monkeypatch):
+    @pytest.mark.parametrize(
+        "weight, operand",
+        [("kv_b_proj", "v"), ("kv_b_proj in FP8", "v"), ("q_b_proj", "q")],
+    )
+    def test_wrong_gemm(self, reference, weight, operand, monkeypatch):
         def change(outputs, kwargs):
-            outputs[1][-1, -1, -1] ^= 2
+            outputs[-1][-1, -1, -1] ^= 2
 
-        self.wrap(monkeypatch, selftest.GEMM, change)
-        check = self.check_gemm(reference, in_fp8)
-        assert check.mark == FAIL and check.text.startswith("v: 1 of")
+        name = selftest.Q_GEMM if operand == "q" else selftest.GEMM
+        self.wrap(monkeypatch, name, change)
+        check = self.check_gemm(reference, weight)
+        assert check.mark == FAIL and check.text.startswith(f"{operand}: 1 of")
         assert f"{doctor.GEMM_SWITCH}=off" in check.text

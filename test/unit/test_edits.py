@@ -174,6 +174,14 @@ def test_wrap_moves_comments_and_empty_lines():
     assert edited(MODULE, edit) == expected
 
 
+@pytest.mark.parametrize("above", ["<a.g", "<!a"])
+def test_a_statement_is_known_by_the_one_above(above):
+    last = "x = a.g" if above == "<a.g" else "x = 2"
+    code = f"x = a\nx = f()\nif y:\n    {last}\n    x = f()\n"
+    result = edited(code, f"swap module :: assign x {above} :: f() -> x()")
+    assert result == code.removesuffix("f()\n") + "x()\n"
+
+
 FRAMES = {
     "plain": lambda code: code,
     "CRLF": lambda code: code.replace("\n", "\r\n"),

@@ -399,10 +399,11 @@ def test_launches_and_casts(switch, chunks, backend):
 
 
 @on_each
-def test_launches_with_k_and_v_out_of_kv_b_proj(backend):
-    """One launch for q and the cache rows and one that is kv_b_proj; for each chunk one
-    to gather and one that is kv_b_proj."""
+def test_launches_with_projections_in_fp8(backend):
+    """One launch that is q_b_proj, one for the cache rows and one that is kv_b_proj; for
+    each chunk one to gather and one that is kv_b_proj."""
     launches = {
+        "_mla_q_proj_quantize_fp8_kernel": 1,
         "_mla_prefill_quantize_fp8_kernel": 1,
         "_mla_kv_proj_quantize_fp8_kernel": 1 + 2,
         "get_mla_kv_buffer_kernel": 2,
@@ -431,29 +432,55 @@ class TestGemm:
 
     @staticmethod
     def takes(env, tokens: int = 4) -> bool:
-        return env.backend._gemm_weight(env.attn, tokens) is not None
+        return env.backend._gemm_weight(env.attn.kv_b_proj, tokens) is not None
 
     def test_how_large_a_batch_has_to_be(self, env):
         env.backend.least_gemm_rows = 12 * DEEPSEEK.heads
         assert self.takes(env, 12) and not self.takes(env, 11)
+        env.backend.least_q_gemm_rows = 15 * DEEPSEEK.heads
+        takes_q = functools.partial(env.backend._q_gemm_weight, env.attn)
+        assert takes_q(15) is not None and takes_q(14) is None
         batch_runs.kv_b_proj_in_fp8(env)
         env.backend.least_fp8_gemm_rows = 3 * DEEPSEEK.heads
         assert self.takes(env, 3) and not self.takes(env, 2)
 
     def test_rows_that_are_not_aligned(self, env, monkeypatch):
-        """kv_b_proj's own linear takes them."""
-        norm = env.attn.kv_a_layernorm.forward
-
-        def misaligned(x):
-            rows = x.new_empty(len(x), 520)[:, 4:516]
+        def misaligned(x, norm):
+            rows = x.new_empty(len(x), x.shape[1] + 8)[:, 4:-4]
             return rows.copy_(norm(x))
 
-        monkeypatch.setattr(env.attn.kv_a_layernorm, "forward", misaligned)
-        monkeypatch.delattr(mla_fp8_prefill, "mla_kv_proj_quantize_fp8")
+        for norm in (env.attn.q_a_layernorm, env.attn.kv_a_layernorm):
+            forward = functools.partial(misaligned, norm=norm.forward)
+            monkeypatch.setattr(norm, "forward", forward)
+        batch = harness.make_batch(env, extend_lens=[5, 3])
+        result = harness.run_prefill(env, batch)
+        for actual, wanted in zip(
+            result.calls[0].real_rows(), harness.expected(env, batch)
+        ):
+            harness.reference.assert_fp8(actual, wanted)
+
+    @pytest.mark.parametrize(
+        "layer, change",
+        [
+            (dict(is_neox=True), lambda env: None),
+            (dict(rope=None), lambda env: None),
+            (dict(dims=DEEPSEEK._replace(rope=32)), lambda env: None),
+            ({}, lambda env: setattr(env.attn.q_b_proj, "gather_output", True)),
+            ({}, lambda env: setattr(env.attn.kv_b_proj, "gather_output", True)),
+            (dict(q_lora=128), lambda env: batch_runs.weight_in_fp8(env, "q_b_proj")),
+        ],
+        ids=["neox", "no rope", "rope 32", "q_b_proj", "kv_b_proj", "in FP8"],
+    )
+    def test_when_q_b_proj_projects_q(self, layer, change, monkeypatch):
+        monkeypatch.setenv(GEMM_SWITCH, "on")
+        env = make_env(**{"dims": DEEPSEEK, "backend": "trtllm_mla", **layer})
+        batch_runs.any_batch_is_large(env)
+        change(env)
+        monkeypatch.delattr(mla_fp8_prefill, "mla_q_proj_quantize_fp8")
         batch = harness.make_batch(env, extend_lens=[5, 3])
         result = harness.run_prefill(env, batch)
         exact = harness.expected(env, batch)
-        assert harness.relative_error(result.calls[0].v, exact.v) < 0.05
+        assert harness.relative_error(result.calls[0].q, exact.q) < 0.05
 
     @pytest.mark.parametrize(
         "change",
@@ -674,8 +701,11 @@ class TestStart:
         if gemm == "in FP8":
             batch_runs.kv_b_proj_in_fp8(env)
         variants = env.backend._prefill_variants(env.runner.model)
-        weights = env.backend._gemm_weights(env.runner.model)
-        env.backend._compile_prefill_kernels(producer, variants, weights)
+        weights = [
+            env.backend._gemm_weights(env.runner.model, name)
+            for name in ("kv_b_proj", "q_b_proj")
+        ]
+        env.backend._compile_prefill_kernels(producer, variants, *weights)
         at_start = specializations()
         for how, batch in (
             (harness.run_prefill, CHUNKS),
@@ -716,7 +746,7 @@ class TestStart:
         env.backend._compile_prefill_kernels = lambda *args: compiled.append(args)
         env.backend.device, env.backend.skip_prefill = device, skip_prefill
         env.backend.init_fp8_prefill(env.runner)
-        assert compiled == [("fused", {(False, 1.0, 1.0)}, [])] * compiles
+        assert compiled == [("fused", {(False, 1.0, 1.0)}, [], [])] * compiles
 
     def test_one_line_for_each_backend_on_rank_0(self, log, monkeypatch):
         for backend in BACKENDS * 2:

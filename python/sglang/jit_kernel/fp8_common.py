@@ -70,7 +70,7 @@ def fp8_conversion(device: torch.device) -> int:
 
 
 class Launcher:
-    """One specialization of an FP8 kernel of this package, 4 warps a program.
+    """One specialization of an FP8 kernel of this package.
 
     From the second call on it launches through Triton's ``compiled[grid]``, with
     addresses for tensors: the JIT's dispatch, which looks at every argument of every
@@ -80,10 +80,15 @@ class Launcher:
     """
 
     def __init__(
-        self, kernel, device: torch.device, enable_pdl: Optional[bool], **constexprs
+        self,
+        kernel,
+        device: torch.device,
+        enable_pdl: Optional[bool],
+        options: dict[str, int] = {"num_warps": 4},
+        **constexprs,
     ):
         """enable_pdl: None, with programmatic dependent launch where the GPU has it;
-        True is ignored where it has not."""
+        True is ignored where it has not. options: Triton's."""
         on_gpu = device.type == "cuda"
         pdl = on_gpu and enable_pdl is not False and is_arch_support_pdl()
         self._kernel = kernel
@@ -91,7 +96,7 @@ class Launcher:
         self._constexprs = dict(
             constexprs, CONVERSION=fp8_conversion(device), ENABLE_PDL=pdl
         )
-        self._options = {"num_warps": 4}
+        self._options = dict(options)
         if pdl:
             # The HIP compiler rejects options that it does not know.
             self._options["launch_pdl"] = True

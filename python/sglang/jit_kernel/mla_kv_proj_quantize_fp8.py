@@ -37,7 +37,16 @@ SCALE_BLOCK = 128
 _TILE = 128, 64, 2
 _FP8_TILE = 64, SCALE_BLOCK, 2
 # Blocks of tokens whose tiles follow one another, so that weights are read from L2.
-_GROUP = 8
+GROUP = 8
+
+
+@triton.jit
+def block_and_part(tile, blocks, PARTS: tl.constexpr, GROUP: tl.constexpr):
+    """The block of tokens and the part of the weight of a tile, by its number."""
+    group = tile // (GROUP * PARTS)
+    size = tl.minimum(blocks - group * GROUP, GROUP)
+    within = tile % (GROUP * PARTS)
+    return group * GROUP + within % size, within // size
 
 
 @triton.jit(do_not_specialize=["k_scale_inv", "v_scale_inv", "num_tokens"])
@@ -80,11 +89,7 @@ def _mla_kv_proj_quantize_fp8_kernel(
     blocks = tl.cdiv(num_tokens, BLOCK_T)
     tiles = blocks * 2 * NUM_HEADS
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-        group = tile // (GROUP * 2 * NUM_HEADS)
-        size = tl.minimum(blocks - group * GROUP, GROUP)
-        within = tile % (GROUP * 2 * NUM_HEADS)
-        block = group * GROUP + within % size
-        part = within // size
+        block, part = block_and_part(tile, blocks, 2 * NUM_HEADS, GROUP)
         tokens = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
         acc = tl.zeros((BLOCK_T, DIM), dtype=tl.float32)
         for i in range(0, LORA, BLOCK_K):
@@ -194,9 +199,43 @@ def mla_kv_proj_quantize_fp8(
     return k, v
 
 
-def rows_are_aligned(kv_a: torch.Tensor) -> bool:
+def rows_are_aligned(x: torch.Tensor) -> bool:
     """Whether rows begin at multiples of 16 bytes, as the GPU copies tiles of them."""
-    return (kv_a.data_ptr() | kv_a.stride(0) * kv_a.element_size()) % 16 == 0
+    return (x.data_ptr() | x.stride(0) * x.element_size()) % 16 == 0
+
+
+def check_gpu_copies_tiles(x: torch.Tensor) -> None:
+    """Raise unless the GPU of x copies tiles by descriptor."""
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0):
+        raise RuntimeError("a projection with FP8 output needs compute capability 9.0")
+
+
+def check_projected(name: str, x: torch.Tensor, weight: torch.Tensor, row: int) -> None:
+    """Raise unless x is [s, lora] and weight [h * row, lora], as tiles of both can be
+    copied. Their dtypes and devices are not looked at."""
+    lora = x.shape[-1]
+    if not rows_are_aligned(x):
+        raise ValueError(
+            f"{name} must have rows that begin at multiples of 16 bytes, got strides "
+            f"{x.stride()} at {x.data_ptr():#x}"
+        )
+    if weight.dim() != 2 or weight.shape[0] % row or weight.shape[1] != lora:
+        raise ValueError(
+            f"weight must be [h * {row}, {lora}], got shape {tuple(weight.shape)}"
+        )
+    if weight.data_ptr() % 16 or not weight.is_contiguous() or weight.shape[0] == 0:
+        raise ValueError(
+            "weight must be contiguous, aligned to 16 bytes and not empty, got shape "
+            f"{tuple(weight.shape)} with strides {weight.stride()}"
+        )
+
+
+def resident_programs(x: torch.Tensor, per_sm: int) -> int:
+    """As many programs as the GPU of x runs at a time."""
+    if not x.is_cuda:
+        return 1
+    properties = torch.cuda.get_device_properties(x.device)
+    return properties.multi_processor_count * per_sm
 
 
 _PLANS = PlanCache()
@@ -210,8 +249,7 @@ def _make_plan(
     kv_a, weight, k_pe, kv_a_scale, weight_scale, k_kind, v_kind, enable_pdl
 ) -> Plan:
     check_device("kv_a", kv_a)
-    if kv_a.is_cuda and torch.cuda.get_device_capability(kv_a.device) < (9, 0):
-        raise RuntimeError("kv_b_proj with FP8 output needs compute capability 9.0")
+    check_gpu_copies_tiles(kv_a)
     if kv_a.dim() != 2:
         raise ValueError(f"kv_a must be [s, lora], got shape {tuple(kv_a.shape)}")
     lora, row = kv_a.shape[1], 2 * HEAD_DIM
@@ -224,20 +262,7 @@ def _make_plan(
     check_head_dims(lora=lora)
     if weight_scale is not None and lora % SCALE_BLOCK:
         raise ValueError(f"lora must be a multiple of {SCALE_BLOCK} in FP8, got {lora}")
-    if not rows_are_aligned(kv_a):
-        raise ValueError(
-            "kv_a must have rows that begin at multiples of 16 bytes, got strides "
-            f"{kv_a.stride()} at {kv_a.data_ptr():#x}"
-        )
-    if weight.dim() != 2 or weight.shape[0] % row or weight.shape[1] != lora:
-        raise ValueError(
-            f"weight must be [h * {row}, {lora}], got shape {tuple(weight.shape)}"
-        )
-    if weight.data_ptr() % 16 or not weight.is_contiguous() or weight.shape[0] == 0:
-        raise ValueError(
-            "weight must be contiguous, aligned to 16 bytes and not empty, got shape "
-            f"{tuple(weight.shape)} with strides {weight.stride()}"
-        )
+    check_projected("kv_a", kv_a, weight, row)
     _check_scales(kv_a, weight, kv_a_scale, weight_scale)
     rope = rope_dim(k_pe)
     check_head_dims(rope=rope)
@@ -249,10 +274,7 @@ def _make_plan(
         check_input("k_pe", k_pe, like)
     heads = weight.shape[0] // row
     block_t, block_k, programs_per_sm = _tile(weight_scale)
-    programs = 1
-    if kv_a.is_cuda:
-        device = torch.cuda.get_device_properties(kv_a.device)
-        programs = device.multi_processor_count * programs_per_sm
+    programs = resident_programs(kv_a, programs_per_sm)
     launcher = Launcher(
         _mla_kv_proj_quantize_fp8_kernel,
         kv_a.device,
@@ -268,7 +290,7 @@ def _make_plan(
         FP8_DTYPE=FP8_DTYPES[FP8],
         BLOCK_T=block_t,
         BLOCK_K=block_k,
-        GROUP=_GROUP,
+        GROUP=GROUP,
     )
     return Plan(launcher, block_t, 2 * heads, (k_pe.stride(0),), programs)
 

@@ -35,6 +35,7 @@ from sglang.jit_kernel.fp8_common import (
 # few enough registers, and small batches still spread over the GPU.
 _PROGRAM_ROWS = 16
 _PROGRAM_ROWS_OF_WIDE_HEADS = 8  # nope + v beyond 256, as GLM's
+_PROGRAM_CACHE_ROWS = 4  # where there are no heads
 
 ROPE_NONE: tl.constexpr = tl.constexpr(0)
 ROPE_INTERLEAVED: tl.constexpr = tl.constexpr(1)
@@ -77,7 +78,7 @@ def _store_pairs(
 
 
 @triton.jit
-def _load_cos_sin(
+def load_cos_sin(
     positions_ptr,
     cos_sin_ptr,
     cos_sin_row_stride,
@@ -99,7 +100,7 @@ def _load_cos_sin(
 
 
 @triton.jit
-def _rotate(x, y, cos, sin, ROPE_STYLE: tl.constexpr):
+def rotate(x, y, cos, sin, ROPE_STYLE: tl.constexpr):
     if ROPE_STYLE == ROPE_NONE:
         return x, y
     else:
@@ -157,7 +158,7 @@ def _mla_prefill_quantize_fp8_kernel(
 ):
     """A program prepares BLOCK_T tokens of BLOCK_H heads, without K and V where V is 0;
     where there is a cache, one more program for each block of tokens writes the cache
-    rows."""
+    rows, the only one where NUM_HEADS is 0."""
     HEAD_BLOCKS: tl.constexpr = NUM_HEADS // BLOCK_H
     PARTS: tl.constexpr = HEAD_BLOCKS + (1 if LORA > 0 else 0)
     HALF: tl.constexpr = ROPE // 2
@@ -174,61 +175,66 @@ def _mla_prefill_quantize_fp8_kernel(
         tl.extra.cuda.gdc_launch_dependents()
 
     k_pe_row = k_pe_ptr + t * k_pe_token_stride
-    if part < HEAD_BLOCKS:
-        h = (part.to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :, None]
-        nope = tl.arange(0, NOPE_P2)[None, None, :]
-        nope_mask = live & (nope < NOPE)
+    if HEAD_BLOCKS > 0:
+        if part < HEAD_BLOCKS:
+            h = (part.to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :, None]
+            nope = tl.arange(0, NOPE_P2)[None, None, :]
+            nope_mask = live & (nope < NOPE)
 
-        # The large loads first: the short ones depend on one another.
-        q_row = q_ptr + t * q_token_stride + h * q_head_stride
-        q_nope = tl.load(q_row + nope, mask=nope_mask)
-        if V > 0:
-            kv_row = kv_ptr + t * kv_token_stride + h * kv_head_stride
-            dim_v = tl.arange(0, V_P2)[None, None, :]
-            v_mask = live & (dim_v < V)
-            k_nope = tl.load(kv_row + nope, mask=nope_mask)
-            v = tl.load(kv_row + NOPE + dim_v, mask=v_mask)
-        q_x, q_y = _load_pairs(q_row + NOPE, live, HALF, HALF_P2, NEOX)
-        if V > 0:
-            k_x, k_y = _load_pairs(k_pe_row, live, HALF, HALF_P2, NEOX)
-        cos, sin = _load_cos_sin(
-            positions_ptr,
-            cos_sin_ptr,
-            cos_sin_row_stride,
-            t,
-            live,
-            HALF,
-            HALF_P2,
-            ROPE_STYLE,
-        )
+            # The large loads first: the short ones depend on one another.
+            q_row = q_ptr + t * q_token_stride + h * q_head_stride
+            q_nope = tl.load(q_row + nope, mask=nope_mask)
+            if V > 0:
+                kv_row = kv_ptr + t * kv_token_stride + h * kv_head_stride
+                dim_v = tl.arange(0, V_P2)[None, None, :]
+                v_mask = live & (dim_v < V)
+                k_nope = tl.load(kv_row + nope, mask=nope_mask)
+                v = tl.load(kv_row + NOPE + dim_v, mask=v_mask)
+            q_x, q_y = _load_pairs(q_row + NOPE, live, HALF, HALF_P2, NEOX)
+            if V > 0:
+                k_x, k_y = _load_pairs(k_pe_row, live, HALF, HALF_P2, NEOX)
+            cos, sin = load_cos_sin(
+                positions_ptr,
+                cos_sin_ptr,
+                cos_sin_row_stride,
+                t,
+                live,
+                HALF,
+                HALF_P2,
+                ROPE_STYLE,
+            )
 
-        q_x, q_y = _rotate(q_x, q_y, cos, sin, ROPE_STYLE)
-        if V > 0:
-            k_x, k_y = _rotate(k_x, k_y, cos, sin, ROPE_STYLE)
-        q_nope_fp8 = to_fp8(q_nope, 1.0, SCALE_UNIT, FP8_DTYPE, CONVERSION)
-        q_x_fp8 = to_fp8(q_x, 1.0, SCALE_UNIT, FP8_DTYPE, CONVERSION)
-        q_y_fp8 = to_fp8(q_y, 1.0, SCALE_UNIT, FP8_DTYPE, CONVERSION)
-        if V > 0:
-            k_scale = load_scale(k_scale_inv, K_SCALE_KIND)
-            v_scale = load_scale(v_scale_inv, V_SCALE_KIND)
-            k_nope_fp8 = to_fp8(k_nope, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
-            k_x_fp8 = to_fp8(k_x, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
-            k_y_fp8 = to_fp8(k_y, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
-            v_fp8 = to_fp8(v, v_scale, V_SCALE_KIND, FP8_DTYPE, CONVERSION)
+            q_x, q_y = rotate(q_x, q_y, cos, sin, ROPE_STYLE)
+            if V > 0:
+                k_x, k_y = rotate(k_x, k_y, cos, sin, ROPE_STYLE)
+            q_nope_fp8 = to_fp8(q_nope, 1.0, SCALE_UNIT, FP8_DTYPE, CONVERSION)
+            q_x_fp8 = to_fp8(q_x, 1.0, SCALE_UNIT, FP8_DTYPE, CONVERSION)
+            q_y_fp8 = to_fp8(q_y, 1.0, SCALE_UNIT, FP8_DTYPE, CONVERSION)
+            if V > 0:
+                k_scale = load_scale(k_scale_inv, K_SCALE_KIND)
+                v_scale = load_scale(v_scale_inv, V_SCALE_KIND)
+                k_nope_fp8 = to_fp8(
+                    k_nope, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION
+                )
+                k_x_fp8 = to_fp8(k_x, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
+                k_y_fp8 = to_fp8(k_y, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
+                v_fp8 = to_fp8(v, v_scale, V_SCALE_KIND, FP8_DTYPE, CONVERSION)
 
-        row = t * NUM_HEADS + h
-        q_out_row = q_fp8_ptr + row * (NOPE + ROPE)
-        tl.store(q_out_row + nope, q_nope_fp8, mask=nope_mask)
-        _store_pairs(q_out_row + NOPE, live, q_x_fp8, q_y_fp8, HALF, HALF_P2, NEOX)
-        if V > 0:
-            k_out_row = k_fp8_ptr + row * (NOPE + ROPE)
-            tl.store(k_out_row + nope, k_nope_fp8, mask=nope_mask)
-            k_x_fp8 = tl.broadcast_to(k_x_fp8, (BLOCK_T, BLOCK_H, HALF_P2))
-            k_y_fp8 = tl.broadcast_to(k_y_fp8, (BLOCK_T, BLOCK_H, HALF_P2))
-            _store_pairs(k_out_row + NOPE, live, k_x_fp8, k_y_fp8, HALF, HALF_P2, NEOX)
-            tl.store(v_fp8_ptr + row * V + dim_v, v_fp8, mask=v_mask)
-    else:
-        if LORA > 0:
+            row = t * NUM_HEADS + h
+            q_out_row = q_fp8_ptr + row * (NOPE + ROPE)
+            tl.store(q_out_row + nope, q_nope_fp8, mask=nope_mask)
+            _store_pairs(q_out_row + NOPE, live, q_x_fp8, q_y_fp8, HALF, HALF_P2, NEOX)
+            if V > 0:
+                k_out_row = k_fp8_ptr + row * (NOPE + ROPE)
+                tl.store(k_out_row + nope, k_nope_fp8, mask=nope_mask)
+                k_x_fp8 = tl.broadcast_to(k_x_fp8, (BLOCK_T, BLOCK_H, HALF_P2))
+                k_y_fp8 = tl.broadcast_to(k_y_fp8, (BLOCK_T, BLOCK_H, HALF_P2))
+                _store_pairs(
+                    k_out_row + NOPE, live, k_x_fp8, k_y_fp8, HALF, HALF_P2, NEOX
+                )
+                tl.store(v_fp8_ptr + row * V + dim_v, v_fp8, mask=v_mask)
+    if LORA > 0:
+        if part >= HEAD_BLOCKS:
             cached = t < num_cache_rows
             rotated = live if K_PE_OUT else cached
             lora = tl.arange(0, LORA_P2)[None, None, :]
@@ -236,7 +242,7 @@ def _mla_prefill_quantize_fp8_kernel(
             latent = tl.load(kv_a_ptr + t * kv_a_token_stride + lora, mask=lora_mask)
             slot = tl.load(cache_loc_ptr + t, mask=cached, other=0).to(tl.int64)
             x, y = _load_pairs(k_pe_row, rotated, HALF, HALF_P2, NEOX)
-            cos_t, sin_t = _load_cos_sin(
+            cos_t, sin_t = load_cos_sin(
                 positions_ptr,
                 cos_sin_ptr,
                 cos_sin_row_stride,
@@ -246,7 +252,7 @@ def _mla_prefill_quantize_fp8_kernel(
                 HALF_P2,
                 ROPE_STYLE,
             )
-            x, y = _rotate(x, y, cos_t, sin_t, ROPE_STYLE)
+            x, y = rotate(x, y, cos_t, sin_t, ROPE_STYLE)
             if K_PE_OUT:
                 scale = load_scale(k_scale_inv, K_SCALE_KIND)
                 k_x_out = to_fp8(x, scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
@@ -291,7 +297,8 @@ def mla_prefill_quantize_fp8(
     Args:
         q: [s, h, nope + rope], bfloat16 or float16. Here and below the last dimension
             is contiguous and the other strides are free; no input is modified. nope,
-            rope and v are multiples of 16.
+            rope and v are multiples of 16. With h = 0 it only says what they are, and
+            there is a kv_cache and no kv.
         kv: [s, h, nope + v], the output of ``kv_b_proj``, of q's dtype; None to prepare
             neither k nor v.
         kv_a: [s, lora], the latent after its norm, of q's dtype.
@@ -387,12 +394,14 @@ def _make_plan(
 ) -> Plan:
     check_fp8_dtype(fp8_dtype)
     check_device("q", q)
-    if q.dim() != 3 or q.shape[1] == 0 or not 0 < nope < q.shape[2]:
+    if q.dim() != 3 or not 0 < nope < q.shape[2]:
         raise ValueError(
             f"q must be [s, h, nope + rope] with qk_nope_head_dim={nope}, got shape "
             f"{tuple(q.shape)}"
         )
     h, rope = q.shape[1], q.shape[2] - nope
+    if h == 0 and (kv is not None or kv_cache is None):
+        raise ValueError("q must have heads unless it is for a kv_cache alone")
     if kv is not None and (kv.dim() != 3 or kv.shape[1] != h or kv.shape[2] <= nope):
         raise ValueError(
             f"kv must be [s, {h}, {nope} + v], got shape {tuple(kv.shape)}"
@@ -416,7 +425,7 @@ def _make_plan(
     style = ROPE_NONE
     if cos_sin_cache is not None:
         style = ROPE_NEOX if is_neox else ROPE_INTERLEAVED
-        _check_cos_sin_cache(cos_sin_cache, rope, q.device)
+        check_cos_sin_cache(cos_sin_cache, rope, q.device)
     if (kv_cache is None) != (cache_loc is None):
         raise ValueError("kv_cache and cache_loc must be given together")
     lora = 0
@@ -436,7 +445,9 @@ def _make_plan(
 
     wide = nope + dim_v > 256
     program_rows = _PROGRAM_ROWS_OF_WIDE_HEADS if wide else _PROGRAM_ROWS
-    block_t, block_h = block_shape(h, program_rows)
+    block_t, block_h = _PROGRAM_CACHE_ROWS, 1
+    if h > 0:
+        block_t, block_h = block_shape(h, program_rows)
     launcher = Launcher(
         _mla_prefill_quantize_fp8_kernel,
         q.device,
@@ -469,7 +480,7 @@ def _make_plan(
     return Plan(launcher, block_t, h // block_h + (lora > 0), strides)
 
 
-def _check_cos_sin_cache(cache: torch.Tensor, rope: int, device: torch.device) -> None:
+def check_cos_sin_cache(cache: torch.Tensor, rope: int, device: torch.device) -> None:
     if (
         cache.dim() != 2
         or cache.shape[1] != rope

@@ -71,7 +71,7 @@ FLASHINFER_MLA, TORCH_COPY = "BatchMLAPage", "copy_kernel"
 # clears its workspace by memset; nothing else in a layer does.
 OTHER_WORK = (
     *("gemm", "nvjet", "cutlass", "splitk", "xmma", "cublas", "memset"),
-    "mla_kv_proj_quantize",
+    *("mla_q_proj_quantize", "mla_kv_proj_quantize"),
     *("norm", "silu", "act_and_mul", "activation"),
     *("nccl", "all_reduce", "allreduce"),
 )

@@ -2,7 +2,7 @@
 
 The layer, its backend and its batches are SGLang's own (mla_harness.py). The attention
 kernel is the backend's own where this GPU has it, and else a stand-in; the float64
-values come from the definition, with kv_b_proj in float64 for every setting.
+values come from the definition, with q_b_proj and kv_b_proj in float64 for every setting.
 """
 
 from __future__ import annotations
@@ -289,8 +289,8 @@ class Layer:
 
 @contextmanager
 def _parts(attn: torch.nn.Module) -> Iterator[None]:
-    """The layer's projections and norms but kv_b_proj, which may be one with the
-    preparation, in a profiler range of their own."""
+    """The layer's projections and norms but q_b_proj and kv_b_proj, which may be one with
+    the preparation, in a profiler range of their own."""
     ranges, handles = [], []
 
     def enter(module, inputs):
@@ -301,7 +301,8 @@ def _parts(attn: torch.nn.Module) -> Iterator[None]:
         ranges.pop().__exit__(None, None, None)
 
     for name, module in attn.named_children():
-        if ("proj" in name or "norm" in name) and name != "kv_b_proj":
+        prepares = name in ("q_b_proj", "kv_b_proj")
+        if ("proj" in name or "norm" in name) and not prepares:
             handles.append(module.register_forward_pre_hook(enter))
             handles.append(module.register_forward_hook(leave))
     try:

@@ -84,7 +84,7 @@ def times(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 line[-2:] = shown(speed(row, setting)), f"{-saved(row, setting):+.1%}"
             cells.append(line)
     return [
-        "  preparation: kv_b_proj, all up to attention, merges of prefix chunks; a layer:",
+        "  preparation: q_b_proj, kv_b_proj, all up to attention, merges of prefix chunks; a layer:",
         "  with projections, norms and a BF16 MLP of DeepSeek-V3's width",
         *table(cells),
     ]

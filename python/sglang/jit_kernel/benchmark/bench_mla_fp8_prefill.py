@@ -6,9 +6,9 @@ Compares, by operation, as far as each does it:
                        mla_kv_pack_quantize_fp8.py of the folder given with --peers.
   - ``flashinfer``:    mla_rope_quantize_fp8 alone: q and k, no v and no cache.
   - ``bf16``:          the path without the hook: RoPE and concatenation in BF16, casts.
-  - ``separate``:      kv_b_proj by cuBLAS, or SGLang's linear for weights in FP8
+  - ``separate``:      the projections by cuBLAS, or SGLang's linear for weights in FP8
                        (DeepGEMM where it is installed), which quantizes its input, then
-                       the launch that quantizes its output.
+                       the launch that quantizes their output.
 
 Inputs are rotated, so that L2 holds none of them. Bytes count each input element read
 once and each output element written once; a share of 1 is the bandwidth of a large
@@ -30,6 +30,7 @@ from sglang.jit_kernel.fp8_quantize import fp8_quantize
 from sglang.jit_kernel.mla_kv_pack_quantize_fp8 import mla_kv_pack_quantize_fp8
 from sglang.jit_kernel.mla_kv_proj_quantize_fp8 import mla_kv_proj_quantize_fp8
 from sglang.jit_kernel.mla_prefill_quantize_fp8 import mla_prefill_quantize_fp8
+from sglang.jit_kernel.mla_q_proj_quantize_fp8 import mla_q_proj_quantize_fp8
 from sglang.jit_kernel.rope import apply_rope_with_cos_sin_cache_inplace
 from sglang.jit_kernel.tests.fp8_reference import (
     MODELS,
@@ -39,6 +40,7 @@ from sglang.jit_kernel.tests.fp8_reference import (
     quantize_blocks,
     times_scales,
 )
+from sglang.srt.layers.attention.mla_fp8_prefill import MLAFP8PrefillMixin
 from sglang.srt.layers.attention.mla_fp8_prefill_internals import (
     per_token_group_quant_fp8,
 )
@@ -63,10 +65,10 @@ PREFILL, PACK = "mla_prefill_quantize_fp8", "mla_kv_pack_quantize_fp8"
 QUANTIZE = "fp8_quantize"
 # Without K and V, as one-shot attention over a prefix takes it.
 Q_AND_CACHE = "mla_prefill_quantize_fp8, kv=None"
-# K and V straight out of kv_b_proj: of a prefix chunk, and of new tokens with q_b_proj and
-# the launch for q and the cache rows.
+# K and V straight out of kv_b_proj: of a prefix chunk, and of new tokens with Q and the
+# cache rows; Q straight out of q_b_proj where the hook has it so.
 PROJECT = "mla_kv_proj_quantize_fp8"
-PROJECT_ALL = "q_b_proj, mla_prefill_quantize_fp8, mla_kv_proj_quantize_fp8"
+PROJECT_ALL = "mla_q_proj_quantize_fp8, mla_prefill_quantize_fp8, " + PROJECT
 # The same with weights in FP8; a chunk's latent is as it is in the cache.
 PROJECT_FP8, PROJECT_ALL_FP8 = f"{PROJECT}, FP8", f"{PROJECT_ALL}, FP8"
 CHUNKS, NEW_TOKENS = (PROJECT, PROJECT_FP8), (PROJECT_ALL, PROJECT_ALL_FP8)
@@ -176,14 +178,22 @@ def chunk_by_gemm(x):
 
 
 def prefill_by_gemm(x):
-    x = q_projected(x)
-    k_pe = x["k_pe"].new_empty(x["k_pe"].flatten(1).shape, dtype=FP8)
-    q, _, _ = mla_prefill_quantize_fp8(**only_prefill({**x, "kv": None}), k_pe_out=k_pe)
-    kv_a, weight, scales = x["kv_a"], x["kv_weight"], {}
-    if isinstance(weight, tuple):
+    kv_a, weight, scales, projected_q = x["kv_a"], x["kv_weight"], {}, None
+    in_fp8 = isinstance(weight, tuple)
+    if in_fp8:
         weight, scales["weight_scale"] = weight
         kv_a, scales["kv_a_scale"] = per_token_group_quant_fp8(kv_a, 128)
-    return q, *mla_kv_proj_quantize_fp8(kv_a, weight, k_pe, **scales)
+    tokens, heads, _ = x["q"].shape
+    if in_fp8 or tokens * heads < MLAFP8PrefillMixin.least_q_gemm_rows:
+        x = q_projected(x)
+    else:
+        rope = x["positions"], x["cos_sin_cache"]
+        projected_q = mla_q_proj_quantize_fp8(x["q_a"], x["q_weight"], *rope)
+        x = {**x, "q": x["q"][:, :0]}
+    k_pe = x["k_pe"].new_empty(x["k_pe"].flatten(1).shape, dtype=FP8)
+    q, _, _ = mla_prefill_quantize_fp8(**only_prefill({**x, "kv": None}), k_pe_out=k_pe)
+    k_and_v = mla_kv_proj_quantize_fp8(kv_a, weight, k_pe, **scales)
+    return q if projected_q is None else projected_q, *k_and_v
 
 
 def only_prefill(x):
@@ -307,6 +317,9 @@ def check(operation, provider, function, dims):
             kv_a = times_scales(*per_token_group_quant_fp8(x["kv_a"], 128))
         kv = kv_a @ weight.double().T
         exact = {**q_projected(x), "kv": kv.view(x["kv"].shape)}
+        if operation == PROJECT_ALL:
+            q = x["q_a"].double() @ x["q_weight"].double().T
+            exact["q"] = q.view(x["q"].shape)
     # Before the call, as bf16_prefill rotates in place. Packing does not rotate.
     whole = operation in (PREFILL, Q_AND_CACHE, *NEW_TOKENS)
     wanted = expected_prefill(exact if whole else {**exact, "cos_sin_cache": None})
@@ -321,10 +334,11 @@ def check(operation, provider, function, dims):
         if actual is None:
             continue
         difference = fp8_difference(actual, exact, slack)
-        # What is rounded to BF16 first is off by a step here and there, and a chunk's
-        # latent that is quantized again by more.
+        # What is rounded to BF16 first is off by a step here and there; by more where it
+        # is rotated after that, or a chunk's latent is quantized again.
         rounded = provider in ("bf16", "separate")
-        most = 1 if operation != PROJECT_FP8 or not rounded else 0xFF
+        far = rounded and operation in (PROJECT_FP8, PROJECT_ALL)
+        most = 0xFF if far else 1
         enough = difference.within_bounds or rounded
         if difference.max_ulps > most or not enough:
             raise AssertionError(f"{operation}, {provider}: {difference}")

@@ -133,7 +133,12 @@ def test_without_k_and_v(dims, is_neox):
         k_pe = poison((tokens, dims.rope), torch.float8_e4m3fn)
         run(inputs, k_pe_out=k_pe, k_scale_inv=0.5)
         rope = [inputs[name] for name in ("positions", "cos_sin_cache", "is_neox")]
-        assert_fp8(k_pe, rotate(inputs["k_pe"], *rope)[:, 0] * 0.5)
+        wanted = rotate(inputs["k_pe"], *rope)[:, 0] * 0.5
+        assert_fp8(k_pe, wanted)
+        # Without heads, cache rows and k_pe alone.
+        k_pe = poison((tokens, dims.rope), torch.float8_e4m3fn)
+        run({**inputs, "q": inputs["q"][:, :0]}, k_pe_out=k_pe, k_scale_inv=0.5)
+        assert_fp8(k_pe, wanted)
 
 
 def test_layouts():

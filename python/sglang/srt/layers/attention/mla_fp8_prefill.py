@@ -10,7 +10,8 @@ will run the batch to take over before RoPE and the KV-cache write::
 
 - ``q`` [s, h, nope + rope] and ``q_pe``, its view [s, h, rope], before RoPE; ``kv_a``
   [s, lora] after its norm; ``k_pe`` [s, 1, rope], a view, before RoPE, all in the
-  model's dtype; ``positions`` [s]; ``layer``, the ``DeepseekV2AttentionMLA``.
+  model's dtype, or ``q`` in FP8, rotated, where ``project_prefill_q`` has given it;
+  ``positions`` [s]; ``layer``, the ``DeepseekV2AttentionMLA``.
 - A tuple is the operands as the backend's own prefill kernel takes them, with the
   tokens' rows written to the KV cache; the model returns them as they are.
 - None declines the batch. Nothing was touched, the inputs included, and the model goes
@@ -21,11 +22,13 @@ whether the hook takes the batch, and ``gather_prefix_chunk_kv(kv_indices, layer
 forward_batch) -> (k, v)``, which turns a prefix chunk, by its slots in the cache, into
 operands of the same kind.
 
-**The projection.** Where ``kv_b_proj`` has a plain weight, in the model's dtype or in FP8
+**The projections.** Where ``kv_b_proj`` has a plain weight, in the model's dtype or in FP8
 with scales of blocks, K and V of both are not written in the model's dtype first: one GEMM
 of this project's writes them in FP8 (SGLANG_MLA_FP8_PREFILL_GEMM;
 ``mla_kv_proj_quantize_fp8``). With FP8 weights it takes a prefix chunk's latent as it is in
-the cache.
+the cache. Q likewise, with a plain weight of ``q_b_proj`` in the model's dtype: the model
+asks ``project_prefill_q(*, q_a, positions, layer, forward_batch) -> q | None`` in place of
+``q_b_proj``, and a batch whose Q it gives is one that the hook takes.
 
 **Log-sum-exps.** SGLang merges the results of prefix chunks by natural log-sum-exps;
 trtllm-gen's ragged attention returns base-2 ones. With SGLANG_MLA_FP8_PREFILL_LSE=auto
@@ -52,6 +55,7 @@ from sglang.jit_kernel.mla_kv_proj_quantize_fp8 import (
     rows_are_aligned,
 )
 from sglang.jit_kernel.mla_prefill_quantize_fp8 import mla_prefill_quantize_fp8
+from sglang.jit_kernel.mla_q_proj_quantize_fp8 import ROPE, mla_q_proj_quantize_fp8
 from sglang.jit_kernel.utils import cache_once, is_arch_support_pdl, is_hip_runtime
 from sglang.srt.distributed.parallel_state import get_tensor_model_parallel_rank
 from sglang.srt.environ import envs
@@ -147,6 +151,25 @@ def resolve_attn_backend(
             backend = backend.full_attn_backend
         else:
             return backend
+
+
+def project_q(
+    layer: DeepseekV2AttentionMLA,
+    q_a: torch.Tensor,
+    positions: torch.Tensor,
+    forward_batch: ForwardBatch,
+) -> torch.Tensor:
+    """q [s, h, nope + rope] of its latent q_a [s, lora] after the norm: rotated and in FP8
+    where the batch's backend gives it so, else ``q_b_proj``'s."""
+    backend = resolve_attn_backend(forward_batch, layer.layer_id)
+    q = None
+    if isinstance(backend, MLAFP8PrefillMixin) and backend.prepare_prefill_qkv:
+        q = backend.project_prefill_q(
+            q_a=q_a, positions=positions, layer=layer, forward_batch=forward_batch
+        )
+    if q is None:
+        q = layer.q_b_proj(q_a)[0].view(-1, layer.num_local_heads, layer.qk_head_dim)
+    return q
 
 
 def prepare_prefill_qkv(
@@ -271,12 +294,9 @@ class _Weight(NamedTuple):
     ue8m0_latent: bool = False  # scales of what it multiplies are powers of two
 
 
-def _kv_b_proj_weight(
-    layer: DeepseekV2AttentionMLA, dtype: torch.dtype
-) -> Optional[_Weight]:
-    """kv_b_proj's weight in this dtype or in FP8 with float32 scales of blocks; None with
-    LoRA, quantized otherwise or with a bias."""
-    proj = layer.kv_b_proj
+def _plain_weight(proj: torch.nn.Module, dtype: torch.dtype) -> Optional[_Weight]:
+    """The projection's weight in this dtype or in FP8 with float32 scales of blocks; None
+    with LoRA, quantized otherwise or with a bias."""
     weight = getattr(proj, "weight", None)  # AWQ and others have it by another name
     if (
         type(proj) is not ColumnParallelLinear
@@ -304,14 +324,22 @@ def _kv_b_proj_weight(
     return _Weight(weight, scale, keywords.get("act_scale_ue8m0", False))
 
 
-def _kv_b_proj_weights(model: torch.nn.Module, dtype: torch.dtype) -> list[_Weight]:
-    """One for each dtype among those that `_kv_b_proj_weight` finds in the model."""
+def _plain_weights(
+    model: torch.nn.Module, name: str, dtype: torch.dtype
+) -> list[_Weight]:
+    """One for each dtype among the plain ones of the projections of that name."""
     weights = (
-        _kv_b_proj_weight(module, dtype)
+        _plain_weight(getattr(module, name), dtype)
         for module in model.modules()
-        if hasattr(module, "kv_b_proj") and hasattr(module, "attn_mha")
+        if hasattr(module, name) and hasattr(module, "attn_mha")
     )
     return [*{one.data.dtype: one for one in weights if one is not None}.values()]
+
+
+def _with_aligned_rows(x: torch.Tensor) -> torch.Tensor:
+    if rows_are_aligned(x):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _project_kv_fp8(
@@ -328,7 +356,7 @@ def _project_kv_fp8(
             kv_a, SCALE_BLOCK, weight.ue8m0_latent
         )
     return mla_kv_proj_quantize_fp8(
-        kv_a,
+        _with_aligned_rows(kv_a),
         weight.data,
         k_pe,
         *scale_invs,
@@ -363,8 +391,9 @@ class MLAFP8PrefillMixin:
     # Whether the prefill kernel multiplies by v_scale; else its output is multiplied.
     prefill_kernel_has_v_scale = True
     # Tokens times heads from which K and V straight out of kv_b_proj are faster than
-    # cuBLAS and a launch, and with a weight in FP8 than DeepGEMM and one.
-    least_gemm_rows, least_fp8_gemm_rows = 16384, 1024
+    # cuBLAS and a launch, and with a weight in FP8 than DeepGEMM and one; and Q straight
+    # out of q_b_proj.
+    least_gemm_rows, least_fp8_gemm_rows, least_q_gemm_rows = 16384, 1024, 57344
     # k_scale and v_scale that this layer's K and V are divided by.
     prefill_kv_scales = 1.0, 1.0
     # False: as in SGLang, decode multiplies by k_scale though rows of the KV cache are not
@@ -410,8 +439,12 @@ class MLAFP8PrefillMixin:
             outcome = f"with the {producer} producer"
             variants = self._prefill_variants(model)
             if torch.device(self.device).type == "cuda":
-                weights = self._gemm_weights(model)
-                self._compile_prefill_kernels(producer, variants, weights)
+                self._compile_prefill_kernels(
+                    producer,
+                    variants,
+                    self._gemm_weights(model, "kv_b_proj"),
+                    self._gemm_weights(model, "q_b_proj"),
+                )
         _log_once(f"{type(self).__name__}: FP8 prefill preparation {outcome}")
         if reason is None:
             gemm = self._gemm_reason
@@ -562,29 +595,47 @@ class MLAFP8PrefillMixin:
                 return "needs SM90"
         if setting == AUTO and (capability is None or capability[0] != 9):
             return "measured on SM90 only: SGLANG_MLA_FP8_PREFILL_GEMM=on"
-        if model is not None and not _kv_b_proj_weights(model, self.q_data_type):
+        if model is not None and not _plain_weights(
+            model, "kv_b_proj", self.q_data_type
+        ):
             return "its weight is not plain"
         return None
 
-    def _gemm_weights(self, model: Optional[torch.nn.Module]) -> list[_Weight]:
+    def _gemm_weights(
+        self, model: Optional[torch.nn.Module], name: str
+    ) -> list[_Weight]:
         """A weight of each dtype among those that this project's GEMM multiplies by."""
         if self._gemm_reason is not None or model is None:
             return []
-        return _kv_b_proj_weights(model, self.q_data_type)
+        return _plain_weights(model, name, self.q_data_type)
 
-    def _gemm_weight(
-        self, layer: DeepseekV2AttentionMLA, num_tokens: int
-    ) -> Optional[_Weight]:
-        """kv_b_proj's weight, where it is this project's GEMM that multiplies by it."""
+    def _gemm_weight(self, proj: torch.nn.Module, num_tokens: int) -> Optional[_Weight]:
+        """The projection's weight, where it is this project's GEMM that multiplies by it."""
         if self._gemm_reason is not None:
             return None
-        weight = _kv_b_proj_weight(layer, self.q_data_type)
+        weight = _plain_weight(proj, self.q_data_type)
         if weight is None:
             return None
         least = self.least_gemm_rows
         if weight.scale is not None:
             least = self.least_fp8_gemm_rows
         return weight if num_tokens * self.num_local_heads >= least else None
+
+    def _q_gemm_weight(
+        self, layer: DeepseekV2AttentionMLA, num_tokens: int
+    ) -> Optional[torch.Tensor]:
+        """q_b_proj's weight, where this project's GEMMs multiply by it and by kv_b_proj's."""
+        rotary_emb = layer.rotary_emb
+        if (
+            num_tokens * self.num_local_heads < self.least_q_gemm_rows
+            or self.qk_rope_head_dim != ROPE
+            or rotary_emb is None
+            or rotary_emb.is_neox_style
+            or self._gemm_weight(layer.kv_b_proj, num_tokens) is None
+        ):
+            return None
+        weight = _plain_weight(layer.q_b_proj, self.q_data_type)
+        return None if weight is None or weight.scale is not None else weight.data
 
     def _pool_decision(self, pool) -> tuple[Optional[str], Optional[str]]:
         """(why no row can be written to this KV pool, or None; its producer)."""
@@ -608,9 +659,16 @@ class MLAFP8PrefillMixin:
         } or {(False, 1.0, 1.0)}
 
     def _compile_prefill_kernels(
-        self, producer: str, variants: set[tuple], weights: list[_Weight]
+        self,
+        producer: str,
+        variants: set[tuple],
+        weights: list[_Weight],
+        q_weights: list[_Weight],
     ) -> None:
-        """Run one token through the kernels so that no request waits for a compiler."""
+        """Run one token through the kernels so that no request waits for a compiler.
+
+        weights and q_weights: those of kv_b_proj and q_b_proj for this project's GEMMs.
+        """
         nope, rope = self.qk_nope_head_dim, self.qk_rope_head_dim
         heads, lora = self.num_local_heads, self.kv_lora_rank
         zeros = functools.partial(
@@ -630,21 +688,27 @@ class MLAFP8PrefillMixin:
                 cos_sin_cache=table,
                 is_neox=bool(is_neox),
             )
-            k_and_v = [(kv, None)]
+            given = [(q, kv, None)]
             if self.attends_to_prefix_in_one_shot:
-                k_and_v.append((None, None))
+                given.append((q, None, None))
             k_pe_fp8 = zeros(1, rope, dtype=FP8)
             if weights:
-                k_and_v.append((None, k_pe_fp8))
+                given.append((q, None, k_pe_fp8))
+            for weight in q_weights:
+                if weight.scale is None and rope == ROPE and is_neox is False:
+                    q_a = zeros(1, weight.data.shape[1])
+                    mla_q_proj_quantize_fp8(q_a, weight.data, index, table)
+                    no_heads = q[:, :0]
+                    given += (no_heads, None, None), (no_heads, None, k_pe_fp8)
             for weight in weights:
                 for rotated in (k_pe, k_pe_fp8):
                     _project_kv_fp8(weight, kv_a, rotated, scale_invs)
                 if weight.scale is not None:
                     _project_kv_fp8(weight, kv_a.to(FP8), k_pe_fp8, scale_invs)
             if producer == FUSED:
-                for kv_given, k_pe_out in k_and_v:
+                for q_given, kv_given, k_pe_out in given:
                     mla_prefill_quantize_fp8(
-                        **{**inputs, "kv": kv_given},
+                        **{**inputs, "q": q_given, "kv": kv_given},
                         qk_nope_head_dim=nope,
                         kv_cache=zeros(1, 1, lora + rope, dtype=FP8),
                         cache_loc=index,
@@ -731,6 +795,27 @@ class MLAFP8PrefillMixin:
         """Whether the hook takes this layer of the batch."""
         return self._decline_reason(layer, forward_batch) is None
 
+    def project_prefill_q(
+        self,
+        *,
+        q_a: torch.Tensor,
+        positions: torch.Tensor,
+        layer: DeepseekV2AttentionMLA,
+        forward_batch: ForwardBatch,
+    ) -> Optional[torch.Tensor]:
+        """q [s, h, nope + rope] in FP8, rotated, of its latent q_a [s, lora] after the
+        norm; None where ``q_b_proj`` has to project it."""
+        if self._decline_reason(layer, forward_batch) is not None:
+            return None
+        weight = None
+        if self._batch.producer == FUSED:
+            weight = self._q_gemm_weight(layer, q_a.shape[0])
+        if weight is None:
+            return None
+        return mla_q_proj_quantize_fp8(
+            _with_aligned_rows(q_a), weight, positions, layer.rotary_emb.cos_sin_cache
+        )
+
     def prepare_prefill_qkv(
         self,
         *,
@@ -764,12 +849,15 @@ class MLAFP8PrefillMixin:
         over_prefix = _is_one_shot_over_prefix(forward_batch)
         weight = kv = k_pe_fp8 = None
         if not over_prefix:
-            if fused and rows_are_aligned(kv_a):
-                weight = self._gemm_weight(layer, kv_a.shape[0])
+            if fused:
+                weight = self._gemm_weight(layer.kv_b_proj, kv_a.shape[0])
             if weight is not None:
                 k_pe_fp8 = q.new_empty((q.shape[0], q_pe.shape[-1]), dtype=FP8)
             else:
                 kv = _project_kv(layer, kv_a)
+        projected_q = None
+        if q.dtype == FP8:  # from project_prefill_q
+            projected_q, q = q, kv_a.new_empty((q.shape[0], 0, q.shape[2]))
         inputs = dict(
             q=q,
             kv=kv,
@@ -794,7 +882,7 @@ class MLAFP8PrefillMixin:
                 k, v = self.gather_prefix_chunk_kv(kv_indices, layer, forward_batch)
             elif weight is not None:
                 k, v = _project_kv_fp8(weight, kv_a, k_pe_fp8, scale_invs)
-            return q, k, v
+            return q if projected_q is None else projected_q, k, v
         *qkv, latent, k_pe = self._prepare_composed(**inputs, scale_invs=scale_invs)
         num_cached = cache_loc.shape[0]
         pool.set_mla_kv_buffer(
@@ -881,7 +969,7 @@ class MLAFP8PrefillMixin:
         k and v are divided by the layer's k_scale and v_scale.
         """
         scale_invs = self._prefill_scale_invs(layer.attn_mha)
-        weight = self._gemm_weight(layer, kv_indices.shape[0])
+        weight = self._gemm_weight(layer.kv_b_proj, kv_indices.shape[0])
         # As it is in the cache, where nothing has to be multiplied by a scale.
         as_cached = (
             weight is not None
@@ -892,7 +980,7 @@ class MLAFP8PrefillMixin:
         kv_a, k_pe = layer._get_mla_kv_buffer(
             kv_indices, FP8 if as_cached else self.q_data_type, forward_batch
         )
-        if as_cached or (weight is not None and rows_are_aligned(kv_a)):
+        if weight is not None:
             return _project_kv_fp8(weight, kv_a, k_pe, scale_invs)
         kv = _project_kv(layer, kv_a)
         k_nope, v = kv.split([layer.qk_nope_head_dim, layer.v_head_dim], dim=-1)

@@ -168,6 +168,13 @@ def q_projected(x):
     return {**x, "q": linear(x["q_a"], x["q_weight"]).view(x["q"].shape)}
 
 
+def q_by_gemm(x):
+    """Whether the hook has Q straight out of q_b_proj."""
+    tokens, heads, _ = x["q"].shape
+    large = tokens * heads >= MLAFP8PrefillMixin.least_q_gemm_rows
+    return large and not isinstance(x["q_weight"], tuple)
+
+
 def chunk_by_gemm(x):
     if "latent" not in x:
         return mla_kv_proj_quantize_fp8(x["kv_a"], x["kv_weight"], x["k_pe"])
@@ -179,17 +186,15 @@ def chunk_by_gemm(x):
 
 def prefill_by_gemm(x):
     kv_a, weight, scales, projected_q = x["kv_a"], x["kv_weight"], {}, None
-    in_fp8 = isinstance(weight, tuple)
-    if in_fp8:
+    if isinstance(weight, tuple):
         weight, scales["weight_scale"] = weight
         kv_a, scales["kv_a_scale"] = per_token_group_quant_fp8(kv_a, 128)
-    tokens, heads, _ = x["q"].shape
-    if in_fp8 or tokens * heads < MLAFP8PrefillMixin.least_q_gemm_rows:
-        x = q_projected(x)
-    else:
+    if q_by_gemm(x):
         rope = x["positions"], x["cos_sin_cache"]
         projected_q = mla_q_proj_quantize_fp8(x["q_a"], x["q_weight"], *rope)
         x = {**x, "q": x["q"][:, :0]}
+    else:
+        x = q_projected(x)
     k_pe = x["k_pe"].new_empty(x["k_pe"].flatten(1).shape, dtype=FP8)
     q, _, _ = mla_prefill_quantize_fp8(**only_prefill({**x, "kv": None}), k_pe_out=k_pe)
     k_and_v = mla_kv_proj_quantize_fp8(kv_a, weight, k_pe, **scales)
@@ -317,7 +322,7 @@ def check(operation, provider, function, dims):
             kv_a = times_scales(*per_token_group_quant_fp8(x["kv_a"], 128))
         kv = kv_a @ weight.double().T
         exact = {**q_projected(x), "kv": kv.view(x["kv"].shape)}
-        if operation == PROJECT_ALL:
+        if q_by_gemm(x):
             q = x["q_a"].double() @ x["q_weight"].double().T
             exact["q"] = q.view(x["q"].shape)
     # Before the call, as bf16_prefill rotates in place. Packing does not rotate.

@@ -701,11 +701,9 @@ class TestStart:
         if gemm == "in FP8":
             batch_runs.kv_b_proj_in_fp8(env)
         variants = env.backend._prefill_variants(env.runner.model)
-        weights = [
-            env.backend._gemm_weights(env.runner.model, name)
-            for name in ("kv_b_proj", "q_b_proj")
-        ]
-        env.backend._compile_prefill_kernels(producer, variants, *weights)
+        weights = env.backend._gemm_weights(env.runner.model, "kv_b_proj")
+        q_weights = env.backend._q_gemm_weights(env.runner.model)
+        env.backend._compile_prefill_kernels(producer, variants, weights, q_weights)
         at_start = specializations()
         for how, batch in (
             (harness.run_prefill, CHUNKS),

@@ -439,17 +439,21 @@ class MLAFP8PrefillMixin:
             outcome = f"with the {producer} producer"
             variants = self._prefill_variants(model)
             if torch.device(self.device).type == "cuda":
-                self._compile_prefill_kernels(
-                    producer,
-                    variants,
-                    self._gemm_weights(model, "kv_b_proj"),
-                    self._gemm_weights(model, "q_b_proj"),
-                )
+                weights = self._gemm_weights(model, "kv_b_proj")
+                q_weights = self._q_gemm_weights(model)
+                self._compile_prefill_kernels(producer, variants, weights, q_weights)
         _log_once(f"{type(self).__name__}: FP8 prefill preparation {outcome}")
         if reason is None:
             gemm = self._gemm_reason
             dtype = FP8 if gemm is None else f"{self.q_data_type}, not {FP8}: {gemm}"
             _log_once(f"{type(self).__name__}: kv_b_proj writes K and V in {dtype}")
+            interleaved = any(is_neox is False for is_neox, *_ in variants)
+            if interleaved and self._q_gemm_weights(model):
+                tokens = -(-self.least_q_gemm_rows // self.num_local_heads)
+                _log_once(
+                    f"{type(self).__name__}: q_b_proj writes Q in {FP8} from {tokens} "
+                    "tokens on"
+                )
             self._disable_prefill_cuda_graphs(model_runner)
 
     @staticmethod
@@ -609,6 +613,13 @@ class MLAFP8PrefillMixin:
             return []
         return _plain_weights(model, name, self.q_data_type)
 
+    def _q_gemm_weights(self, model: Optional[torch.nn.Module]) -> list[torch.Tensor]:
+        """Likewise of q_b_proj, in the model's dtype."""
+        if self.qk_rope_head_dim != ROPE:
+            return []
+        weights = self._gemm_weights(model, "q_b_proj")
+        return [weight.data for weight in weights if weight.scale is None]
+
     def _gemm_weight(self, proj: torch.nn.Module, num_tokens: int) -> Optional[_Weight]:
         """The projection's weight, where it is this project's GEMM that multiplies by it."""
         if self._gemm_reason is not None:
@@ -663,7 +674,7 @@ class MLAFP8PrefillMixin:
         producer: str,
         variants: set[tuple],
         weights: list[_Weight],
-        q_weights: list[_Weight],
+        q_weights: list[torch.Tensor],
     ) -> None:
         """Run one token through the kernels so that no request waits for a compiler.
 
@@ -695,9 +706,9 @@ class MLAFP8PrefillMixin:
             if weights:
                 given.append((q, None, k_pe_fp8))
             for weight in q_weights:
-                if weight.scale is None and rope == ROPE and is_neox is False:
-                    q_a = zeros(1, weight.data.shape[1])
-                    mla_q_proj_quantize_fp8(q_a, weight.data, index, table)
+                if is_neox is False:
+                    q_a = zeros(1, weight.shape[1])
+                    mla_q_proj_quantize_fp8(q_a, weight, index, table)
                     no_heads = q[:, :0]
                     given += (no_heads, None, None), (no_heads, None, k_pe_fp8)
             for weight in weights:
@@ -805,12 +816,12 @@ class MLAFP8PrefillMixin:
     ) -> Optional[torch.Tensor]:
         """q [s, h, nope + rope] in FP8, rotated, of its latent q_a [s, lora] after the
         norm; None where ``q_b_proj`` has to project it."""
-        if self._decline_reason(layer, forward_batch) is not None:
-            return None
-        weight = None
-        if self._batch.producer == FUSED:
-            weight = self._q_gemm_weight(layer, q_a.shape[0])
-        if weight is None:
+        weight = self._q_gemm_weight(layer, q_a.shape[0])
+        if (
+            weight is None
+            or self._decline_reason(layer, forward_batch) is not None
+            or self._batch.producer != FUSED
+        ):
             return None
         return mla_q_proj_quantize_fp8(
             _with_aligned_rows(q_a), weight, positions, layer.rotary_emb.cos_sin_cache

@@ -55,7 +55,11 @@ from sglang.jit_kernel.mla_kv_proj_quantize_fp8 import (
     rows_are_aligned,
 )
 from sglang.jit_kernel.mla_prefill_quantize_fp8 import mla_prefill_quantize_fp8
-from sglang.jit_kernel.mla_q_proj_quantize_fp8 import ROPE, mla_q_proj_quantize_fp8
+from sglang.jit_kernel.mla_q_proj_quantize_fp8 import (
+    NOPE,
+    ROPE,
+    mla_q_proj_quantize_fp8,
+)
 from sglang.jit_kernel.utils import cache_once, is_arch_support_pdl, is_hip_runtime
 from sglang.srt.distributed.parallel_state import get_tensor_model_parallel_rank
 from sglang.srt.environ import envs
@@ -615,7 +619,7 @@ class MLAFP8PrefillMixin:
 
     def _q_gemm_weights(self, model: Optional[torch.nn.Module]) -> list[torch.Tensor]:
         """Likewise of q_b_proj, in the model's dtype."""
-        if self.qk_rope_head_dim != ROPE:
+        if (self.qk_nope_head_dim, self.qk_rope_head_dim) != (NOPE, ROPE):
             return []
         weights = self._gemm_weights(model, "q_b_proj")
         return [weight.data for weight in weights if weight.scale is None]
@@ -639,7 +643,7 @@ class MLAFP8PrefillMixin:
         rotary_emb = layer.rotary_emb
         if (
             num_tokens * self.num_local_heads < self.least_q_gemm_rows
-            or self.qk_rope_head_dim != ROPE
+            or (self.qk_nope_head_dim, self.qk_rope_head_dim) != (NOPE, ROPE)
             or rotary_emb is None
             or rotary_emb.is_neox_style
             or self._gemm_weight(layer.kv_b_proj, num_tokens) is None

@@ -3,7 +3,7 @@ of preparation and attention from SGLang's profiler, and time to first token ove
 
 Five servers side by side, asked in turn: unpatched, patched, unpatched once more, whose
 distance from the first is the host's noise, unpatched with a BF16 cache, and patched with
-kv_b_proj by cuBLAS.
+the projections by cuBLAS.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def measure(
 def problems(shape: tuple[int, int, int], gpu: dict[str, Any]) -> list[str]:
     """Where the patched server prepares in no less launches, or preparation and attention
     take longer than the unpatched server's or than with a BF16 cache, or all kernels
-    longer than with kv_b_proj by cuBLAS (2% are the clock's)."""
+    longer than with the projections by cuBLAS (2% are the clock's)."""
     found = []
     total = {s: x["preparation_us"] + x["attention_us"] for s, x in gpu.items()}
     launches = {s: x["preparation_launches"] for s, x in gpu.items()}

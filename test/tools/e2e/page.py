@@ -299,8 +299,8 @@ stood in for. Decode is triton's.
 FA3_TIME = """
 The models of the section above, with a BF16 cache too, and patched with
 SGLANG_MLA_FP8_PREFILL_GEMM=off. GPU time of a round of prompts, from SGLang's profiler:
-preparation and attention of all layers, which is without kv_b_proj, and the ratio of that
-of all kernels without the GEMM to with it. Over HTTP, medians of
+preparation and attention of all layers, which is without the projections, and the ratio of
+that of all kernels without the GEMM to with it. Over HTTP, medians of
 rounds asked of all servers in turn; the ratios to the unpatched server have 95% bootstrap
 intervals, and that of a second unpatched server is the noise.
 """

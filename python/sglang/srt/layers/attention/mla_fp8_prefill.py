@@ -42,7 +42,7 @@ import functools
 import logging
 import math
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, NamedTuple, Optional
+from typing import TYPE_CHECKING, Callable, NamedTuple, Optional
 
 import torch
 
@@ -157,23 +157,22 @@ def resolve_attn_backend(
             return backend
 
 
-def project_q(
-    layer: DeepseekV2AttentionMLA,
-    q_a: torch.Tensor,
-    positions: torch.Tensor,
-    forward_batch: ForwardBatch,
-) -> torch.Tensor:
-    """q [s, h, nope + rope] of its latent q_a [s, lora] after the norm: rotated and in FP8
-    where the batch's backend gives it so, else ``q_b_proj``'s."""
+def q_projection(
+    layer: DeepseekV2AttentionMLA, positions: torch.Tensor, forward_batch: ForwardBatch
+) -> Callable[[torch.Tensor], tuple]:
+    """``q_b_proj``, or in its place what asks the batch's backend before: of the latent
+    q_a [s, lora] after its norm, a tuple that begins with q."""
     backend = resolve_attn_backend(forward_batch, layer.layer_id)
-    q = None
-    if isinstance(backend, MLAFP8PrefillMixin) and backend.prepare_prefill_qkv:
+    if not (isinstance(backend, MLAFP8PrefillMixin) and backend.prepare_prefill_qkv):
+        return layer.q_b_proj
+
+    def project(q_a: torch.Tensor) -> tuple:
         q = backend.project_prefill_q(
             q_a=q_a, positions=positions, layer=layer, forward_batch=forward_batch
         )
-    if q is None:
-        q = layer.q_b_proj(q_a)[0].view(-1, layer.num_local_heads, layer.qk_head_dim)
-    return q
+        return layer.q_b_proj(q_a) if q is None else (q,)
+
+    return project
 
 
 def prepare_prefill_qkv(

@@ -625,15 +625,14 @@ class MLAFP8PrefillMixin:
 
     def _gemm_weight(self, proj: torch.nn.Module, num_tokens: int) -> Optional[_Weight]:
         """The projection's weight, where it is this project's GEMM that multiplies by it."""
-        if self._gemm_reason is not None:
+        rows = num_tokens * self.num_local_heads
+        least, least_fp8 = self.least_gemm_rows, self.least_fp8_gemm_rows
+        if self._gemm_reason is not None or rows < min(least, least_fp8):
             return None
         weight = _plain_weight(proj, self.q_data_type)
-        if weight is None:
+        if weight is None or rows < (least if weight.scale is None else least_fp8):
             return None
-        least = self.least_gemm_rows
-        if weight.scale is not None:
-            least = self.least_fp8_gemm_rows
-        return weight if num_tokens * self.num_local_heads >= least else None
+        return weight
 
     def _q_gemm_weight(
         self, layer: DeepseekV2AttentionMLA, num_tokens: int

@@ -33,6 +33,15 @@ CONVERT_VIA_FLOAT16: tl.constexpr = tl.constexpr(2)
 
 
 @triton.jit
+def wait_for_inputs(ENABLE_PDL: tl.constexpr):
+    """Wait for the kernel before this one, where it need not have ended."""
+    if ENABLE_PDL:
+        tl.extra.cuda.gdc_wait()
+        # The next kernel waits for this one's completion, so it may be launched now.
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def load_scale(scale, KIND: tl.constexpr):
     if KIND == SCALE_TENSOR:
         return tl.load(scale)

@@ -18,6 +18,7 @@ from sglang.jit_kernel.fp8_common import (
     check_output,
     load_scale,
     to_fp8,
+    wait_for_inputs,
 )
 
 
@@ -46,10 +47,7 @@ def _fp8_quantize_kernel(
     if N % WIDTH != 0:
         mask = mask & (column < N)
 
-    if ENABLE_PDL:
-        tl.extra.cuda.gdc_wait()
-        # The next kernel waits for this one's completion, so it may be launched now.
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_inputs(ENABLE_PDL)
 
     x = tl.load(x_ptr + row[:, None] * x_row_stride + column, mask=mask)
     scale = load_scale(scale_inv, SCALE_KIND)

@@ -24,6 +24,7 @@ from sglang.jit_kernel.fp8_common import (
     load_scale,
     rope_dim,
     to_fp8,
+    wait_for_inputs,
 )
 
 # (token, head) rows a program takes: enough 16-byte loads in flight for each thread,
@@ -79,10 +80,7 @@ def _mla_kv_pack_quantize_fp8_kernel(
     rope_mask = live & (rope < ROPE)
     v_mask = live & (dim_v < V)
 
-    if ENABLE_PDL:
-        tl.extra.cuda.gdc_wait()
-        # The next kernel waits for this one's completion, so it may be launched now.
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_inputs(ENABLE_PDL)
 
     k_nope_row = k_nope_ptr + t * k_nope_token_stride + h * k_nope_head_stride
     k_nope = tl.load(k_nope_row + nope, mask=nope_mask)

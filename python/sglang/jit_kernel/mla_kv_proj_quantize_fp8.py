@@ -25,6 +25,7 @@ from sglang.jit_kernel.fp8_common import (
     load_scale,
     rope_dim,
     to_fp8,
+    wait_for_inputs,
 )
 
 FP8 = torch.float8_e4m3fn
@@ -80,10 +81,7 @@ def _mla_kv_proj_quantize_fp8_kernel(
     """Programs take the tiles in turn: BLOCK_T tokens of k_nope or v of one head."""
     UNIT: tl.constexpr = K_SCALE_KIND == SCALE_UNIT and V_SCALE_KIND == SCALE_UNIT
     SCALE_KIND: tl.constexpr = SCALE_UNIT if UNIT else SCALE_FLOAT
-    if ENABLE_PDL:
-        tl.extra.cuda.gdc_wait()
-        # The next kernel waits for this one's completion, so it may be launched now.
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_inputs(ENABLE_PDL)
     k_scale = load_scale(k_scale_inv, K_SCALE_KIND)
     v_scale = load_scale(v_scale_inv, V_SCALE_KIND)
     blocks = tl.cdiv(num_tokens, BLOCK_T)

@@ -29,6 +29,7 @@ from sglang.jit_kernel.fp8_common import (
     load_scale,
     rope_dim,
     to_fp8,
+    wait_for_inputs,
 )
 
 # (token, head) rows a program takes: enough 16-byte loads in flight for each thread,
@@ -169,10 +170,7 @@ def _mla_prefill_quantize_fp8_kernel(
     t = t[:, None, None]
     live = t < num_tokens
 
-    if ENABLE_PDL:
-        tl.extra.cuda.gdc_wait()
-        # The next kernel waits for this one's completion, so it may be launched now.
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_inputs(ENABLE_PDL)
 
     k_pe_row = k_pe_ptr + t * k_pe_token_stride
     if HEAD_BLOCKS > 0:

@@ -22,6 +22,7 @@ from sglang.jit_kernel.fp8_common import (
     index_key,
     layout_key,
     to_fp8,
+    wait_for_inputs,
 )
 from sglang.jit_kernel.mla_kv_proj_quantize_fp8 import (
     GROUP,
@@ -69,7 +70,7 @@ def _project_tiles(
     GROUP: tl.constexpr,
 ):
     """The tiles from `first` on that are this program's: BLOCK_T tokens, DIM elements
-    from OFFSET on in the rows of HEADS heads."""
+    from OFFSET on in the rows of HEADS heads. Returns how many all programs have."""
     COLUMNS: tl.constexpr = HEADS * DIM
     PARTS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
     HALF: tl.constexpr = DIM // 2
@@ -106,6 +107,7 @@ def _project_tiles(
         row = q_ptr + (t * NUM_HEADS + head) * ROW + OFFSET
         mask = (t < num_tokens) & (head < NUM_HEADS)
         tl.store(row + column % DIM, out, mask=mask)
+    return tiles
 
 
 @triton.jit(
@@ -134,12 +136,9 @@ def _mla_q_proj_quantize_fp8_kernel(
 ):
     """Programs take the tiles of nope in turn, then those of rope."""
     ROPE_HEADS: tl.constexpr = HEADS * NOPE // ROPE
-    if ENABLE_PDL:
-        tl.extra.cuda.gdc_wait()
-        # The next kernel waits for this one's completion, so it may be launched now.
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_inputs(ENABLE_PDL)
     first = tl.program_id(0)
-    _project_tiles(
+    nope_tiles = _project_tiles(
         positions_ptr,
         cos_sin_ptr,
         q_ptr,
@@ -163,7 +162,6 @@ def _mla_q_proj_quantize_fp8_kernel(
     )
     # The turn goes on with the program after the one that had nope's last tile.
     programs = tl.num_programs(0)
-    nope_tiles = tl.cdiv(num_tokens, BLOCK_T) * ((NUM_HEADS + HEADS - 1) // HEADS)
     first = (first + programs - nope_tiles % programs) % programs
     _project_tiles(
         positions_ptr,

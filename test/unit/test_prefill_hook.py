@@ -701,9 +701,9 @@ class TestStart:
         if gemm == "in FP8":
             batch_runs.kv_b_proj_in_fp8(env)
         variants = env.backend._prefill_variants(env.runner.model)
-        weights = env.backend._gemm_weights(env.runner.model, "kv_b_proj")
-        q_weights = env.backend._q_gemm_weights(env.runner.model)
-        env.backend._compile_prefill_kernels(producer, variants, weights, q_weights)
+        weights = env.backend._gemm_weights(env.runner.model)
+        q_weight = env.backend._q_gemm_weight_of(env.runner.model)
+        env.backend._compile_prefill_kernels(producer, variants, weights, q_weight)
         at_start = specializations()
         for how, batch in (
             (harness.run_prefill, CHUNKS),
@@ -744,7 +744,7 @@ class TestStart:
         env.backend._compile_prefill_kernels = lambda *args: compiled.append(args)
         env.backend.device, env.backend.skip_prefill = device, skip_prefill
         env.backend.init_fp8_prefill(env.runner)
-        assert compiled == [("fused", {(False, 1.0, 1.0)}, [], [])] * compiles
+        assert compiled == [("fused", {(False, 1.0, 1.0)}, [], None)] * compiles
 
     def test_one_line_for_each_backend_on_rank_0(self, log, monkeypatch):
         for backend in BACKENDS * 2:

@@ -41,6 +41,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Callable, NamedTuple, Optional
 
@@ -327,16 +328,13 @@ def _plain_weight(proj: torch.nn.Module, dtype: torch.dtype) -> Optional[_Weight
     return _Weight(weight, scale, keywords.get("act_scale_ue8m0", False))
 
 
-def _plain_weights(
-    model: torch.nn.Module, name: str, dtype: torch.dtype
-) -> list[_Weight]:
-    """One for each dtype among the plain ones of the projections of that name."""
-    weights = (
-        _plain_weight(getattr(module, name), dtype)
-        for module in model.modules()
-        if hasattr(module, name) and hasattr(module, "attn_mha")
-    )
-    return [*{one.data.dtype: one for one in weights if one is not None}.values()]
+def _attention_layers(
+    model: Optional[torch.nn.Module],
+) -> Iterator[DeepseekV2AttentionMLA]:
+    names = "attn_mha", "kv_b_proj", "rotary_emb"
+    for module in model.modules() if model is not None else ():
+        if all(hasattr(module, name) for name in names):
+            yield module
 
 
 def _with_aligned_rows(x: torch.Tensor) -> torch.Tensor:
@@ -441,17 +439,16 @@ class MLAFP8PrefillMixin:
         if reason is None:
             outcome = f"with the {producer} producer"
             variants = self._prefill_variants(model)
+            q_weight = self._q_gemm_weight_of(model)
             if torch.device(self.device).type == "cuda":
-                weights = self._gemm_weights(model, "kv_b_proj")
-                q_weights = self._q_gemm_weights(model)
-                self._compile_prefill_kernels(producer, variants, weights, q_weights)
+                weights = self._gemm_weights(model)
+                self._compile_prefill_kernels(producer, variants, weights, q_weight)
         _log_once(f"{type(self).__name__}: FP8 prefill preparation {outcome}")
         if reason is None:
             gemm = self._gemm_reason
             dtype = FP8 if gemm is None else f"{self.q_data_type}, not {FP8}: {gemm}"
             _log_once(f"{type(self).__name__}: kv_b_proj writes K and V in {dtype}")
-            interleaved = any(is_neox is False for is_neox, *_ in variants)
-            if interleaved and self._q_gemm_weights(model):
+            if q_weight is not None:
                 tokens = -(-self.least_q_gemm_rows // self.num_local_heads)
                 _log_once(
                     f"{type(self).__name__}: q_b_proj writes Q in {FP8} from {tokens} "
@@ -602,28 +599,32 @@ class MLAFP8PrefillMixin:
                 return "needs SM90"
         if setting == AUTO and (capability is None or capability[0] != 9):
             return "measured on SM90 only: SGLANG_MLA_FP8_PREFILL_GEMM=on"
-        if model is not None and not _plain_weights(
-            model, "kv_b_proj", self.q_data_type
-        ):
+        if model is not None and not self._plain_kv_weights(model):
             return "its weight is not plain"
         return None
 
-    def _gemm_weights(
-        self, model: Optional[torch.nn.Module], name: str
-    ) -> list[_Weight]:
-        """A weight of each dtype among those that this project's GEMM multiplies by."""
-        if self._gemm_reason is not None or model is None:
-            return []
-        return _plain_weights(model, name, self.q_data_type)
+    def _plain_kv_weights(self, model: Optional[torch.nn.Module]) -> list[_Weight]:
+        """One for each dtype among the plain weights of the model's kv_b_proj."""
+        weights = (
+            _plain_weight(layer.kv_b_proj, self.q_data_type)
+            for layer in _attention_layers(model)
+        )
+        return [*{one.data.dtype: one for one in weights if one is not None}.values()]
 
-    def _q_gemm_weights(self, model: Optional[torch.nn.Module]) -> list[torch.Tensor]:
-        """Likewise of q_b_proj, in the model's dtype."""
-        if (self.qk_nope_head_dim, self.qk_rope_head_dim) != (NOPE, ROPE):
-            return []
-        weights = self._gemm_weights(model, "q_b_proj")
-        return [weight.data for weight in weights if weight.scale is None]
+    def _gemm_weights(self, model: Optional[torch.nn.Module]) -> list[_Weight]:
+        """Those that this project's GEMM multiplies by."""
+        return self._plain_kv_weights(model) if self._gemm_reason is None else []
 
-    def _gemm_weight(self, proj: torch.nn.Module, num_tokens: int) -> Optional[_Weight]:
+    def _q_gemm_weight_of(
+        self, model: Optional[torch.nn.Module]
+    ) -> Optional[torch.Tensor]:
+        """A layer's weight of q_b_proj that this project's GEMM multiplies by."""
+        weights = map(self._q_gemm_weight, _attention_layers(model))
+        return next((weight for weight in weights if weight is not None), None)
+
+    def _gemm_weight(
+        self, proj: torch.nn.Module, num_tokens: float
+    ) -> Optional[_Weight]:
         """The projection's weight, where it is this project's GEMM that multiplies by it."""
         rows = num_tokens * self.num_local_heads
         least, least_fp8 = self.least_gemm_rows, self.least_fp8_gemm_rows
@@ -635,9 +636,10 @@ class MLAFP8PrefillMixin:
         return weight
 
     def _q_gemm_weight(
-        self, layer: DeepseekV2AttentionMLA, num_tokens: int
+        self, layer: DeepseekV2AttentionMLA, num_tokens: float = math.inf
     ) -> Optional[torch.Tensor]:
-        """q_b_proj's weight, where this project's GEMMs multiply by it and by kv_b_proj's."""
+        """q_b_proj's weight, where this project's GEMMs multiply by it and by kv_b_proj's,
+        in a batch of so many tokens."""
         rotary_emb = layer.rotary_emb
         if (
             num_tokens * self.num_local_heads < self.least_q_gemm_rows
@@ -647,7 +649,9 @@ class MLAFP8PrefillMixin:
             or self._gemm_weight(layer.kv_b_proj, num_tokens) is None
         ):
             return None
-        weight = _plain_weight(layer.q_b_proj, self.q_data_type)
+        # A model without Q's latent has no q_b_proj.
+        proj = getattr(layer, "q_b_proj", None)
+        weight = _plain_weight(proj, self.q_data_type)
         return None if weight is None or weight.scale is not None else weight.data
 
     def _pool_decision(self, pool) -> tuple[Optional[str], Optional[str]]:
@@ -664,11 +668,10 @@ class MLAFP8PrefillMixin:
         attention layers."""
         return {
             (
-                getattr(module.rotary_emb, "is_neox_style", None),
-                *self._prefill_scale_invs(module.attn_mha),
+                getattr(layer.rotary_emb, "is_neox_style", None),
+                *self._prefill_scale_invs(layer.attn_mha),
             )
-            for module in (model.modules() if model is not None else ())
-            if hasattr(module, "attn_mha") and hasattr(module, "rotary_emb")
+            for layer in _attention_layers(model)
         } or {(False, 1.0, 1.0)}
 
     def _compile_prefill_kernels(
@@ -676,11 +679,11 @@ class MLAFP8PrefillMixin:
         producer: str,
         variants: set[tuple],
         weights: list[_Weight],
-        q_weights: list[torch.Tensor],
+        q_weight: Optional[torch.Tensor],
     ) -> None:
         """Run one token through the kernels so that no request waits for a compiler.
 
-        weights and q_weights: those of kv_b_proj and q_b_proj for this project's GEMMs.
+        weights and q_weight: of kv_b_proj and q_b_proj, for this project's GEMMs.
         """
         nope, rope = self.qk_nope_head_dim, self.qk_rope_head_dim
         heads, lora = self.num_local_heads, self.kv_lora_rank
@@ -701,18 +704,15 @@ class MLAFP8PrefillMixin:
                 cos_sin_cache=table,
                 is_neox=bool(is_neox),
             )
-            given = [(q, kv, None)]
-            if self.attends_to_prefix_in_one_shot:
-                given.append((q, None, None))
             k_pe_fp8 = zeros(1, rope, dtype=FP8)
+            without_kv = [None] if self.attends_to_prefix_in_one_shot else []
             if weights:
-                given.append((q, None, k_pe_fp8))
-            for weight in q_weights:
-                if is_neox is False:
-                    q_a = zeros(1, weight.shape[1])
-                    mla_q_proj_quantize_fp8(q_a, weight, index, table)
-                    no_heads = q[:, :0]
-                    given += (no_heads, None, None), (no_heads, None, k_pe_fp8)
+                without_kv.append(k_pe_fp8)
+            given = [(q, kv, None), *((q, None, out) for out in without_kv)]
+            if q_weight is not None and is_neox is False:
+                q_a = zeros(1, q_weight.shape[1])
+                mla_q_proj_quantize_fp8(q_a, q_weight, index, table)
+                given += ((q[:, :0], None, out) for out in without_kv)
             for weight in weights:
                 for rotated in (k_pe, k_pe_fp8):
                     _project_kv_fp8(weight, kv_a, rotated, scale_invs)

@@ -60,10 +60,10 @@ class Pattern(NamedTuple):
     def fits(self, block: list[ast.stmt], stmt: ast.stmt) -> bool:
         if not isinstance(stmt, KINDS[self.kind]):
             return False
-        named = {f"<{name}" for name in _mentioned_above(block, stmt)} | mentions(stmt)
-        return all(
-            name.replace("!", "") not in named if "!" in name else name in named
-            for name in self.names
+        above = [name[1:] for name in self.names if name.startswith("<")]
+        own = [name for name in self.names if not name.startswith("<")]
+        return _mentions_as(own, stmt) and (
+            not above or _mentions_as(above, *block[: block.index(stmt)][-1:])
         )
 
 
@@ -144,9 +144,13 @@ def mentions(stmt: ast.stmt) -> set[str]:
     return {name for name in names if name}
 
 
-def _mentioned_above(block: list[ast.stmt], stmt: ast.stmt) -> set[str]:
-    above = block[: block.index(stmt)]
-    return mentions(above[-1]) if above else set()
+def _mentions_as(names: Iterable[str], *stmts: ast.stmt) -> bool:
+    """Whether the statements mention these names, or, with `!` in front, do not."""
+    named = set().union(*map(mentions, stmts))
+    return all(
+        name[1:] not in named if name.startswith("!") else name in named
+        for name in names
+    )
 
 
 def needed_and_stored(code: str) -> tuple[set[str], set[str]]:

@@ -318,13 +318,16 @@ def check_gemm(
         some = slice(-111, None)  # more would take float64's time
         with reference.nan_memory():
             k, v = (x[some] for x in fused())
-        latent = (kv_a[some],)
+        latent, latent_scale = kv_a[some], None
         if in_fp8:
-            latent = hook.per_token_group_quant_fp8(*latent, 128)
-        kv = reference.times_scales(*latent) @ reference.times_scales(weight, scale).T
-        kv = kv.unflatten(1, (heads, -1))
-        k_nope, exact_v = kv.split([dims.nope, dims.v], dim=-1)
-        exact_k = torch.cat([k_nope, k_pe[some].expand(-1, heads, -1)], dim=-1)
+            latent, latent_scale = hook.per_token_group_quant_fp8(latent, 128)
+        exact_k, exact_v = reference.expected_kv_proj(
+            latent,
+            weight,
+            k_pe[some],
+            kv_a_scale=latent_scale,
+            weight_scale=scale,
+        )
         slack = 2**-8 if in_fp8 else 0.0
         for name, actual, exact in (("k", k, exact_k), ("v", v, exact_v)):
             difference = reference.fp8_difference(actual, exact, slack)
@@ -345,8 +348,8 @@ def check_q_gemm(
     torch.manual_seed(0)
     times = []
     for heads in (dims.heads, dims.heads // 8):
-        inputs = {**reference.prefill_inputs(dims._replace(heads=heads), tokens)}
-        rope = inputs["positions"], inputs["cos_sin_cache"]
+        inputs = reference.prefill_inputs(dims._replace(heads=heads), tokens)
+        positions, cos_sin_cache = inputs["positions"], inputs["cos_sin_cache"]
         q_a, weight = (
             torch.randn(n, lora, device=device).to(torch.bfloat16)
             for n in (tokens, heads * (dims.nope + dims.rope))
@@ -357,7 +360,7 @@ def check_q_gemm(
             return getattr(hook, KERNELS[0])(**{**inputs, "q": q, "kv": None})
 
         def fused():
-            q = getattr(hook, Q_GEMM)(q_a, weight, *rope)
+            q = getattr(hook, Q_GEMM)(q_a, weight, positions, cos_sin_cache)
             return q, launch(inputs["q"][:, :0])
 
         def separate():
@@ -367,9 +370,8 @@ def check_q_gemm(
         some = slice(-111, None)  # more would take float64's time
         with reference.nan_memory():
             q = fused()[0][some]
-        exact = (q_a[some].double() @ weight.double().T).unflatten(1, (heads, -1))
-        exact[..., dims.nope :] = reference.rotate(
-            exact[..., dims.nope :], rope[0][some], rope[1], False
+        exact = reference.expected_q_proj(
+            q_a[some], weight, positions[some], cos_sin_cache
         )
         difference = reference.fp8_difference(q, exact)
         if not difference.within_bounds:

@@ -69,6 +69,7 @@ def test_a_layer_of_both_sides(tried, monkeypatch, tmp_path, capsys):
     for row in (old, new):
         assert row["finite"] and row["padding"] and row["attention"] < 0.05
         assert row["kernel"]["lse"] < 1e-5 and row["kernel"]["base"] == "e"
+    assert old["operands"]["q"][1] > new["operands"]["q"][1]
     assert old["operands"]["cache row"][1] > 0 == new["operands"]["cache row"][1]
     assert new["operands"]["v"] == old["operands"]["v"]  # BF16 on both sides
     assert not verdict.layer_faults(tried.results, "GEMM off")

@@ -25,7 +25,7 @@ import torch
 from gpu_trace import launched
 from mla_harness import Batch, Env, reference
 from mla_standin import kernels
-from sglang_internals import RELEASE, backend_class, running
+from sglang_internals import backend_class, has_own_hook, running
 from trial.layer_cases import CASES, PARTS
 
 from prefill_patch.doctor import GEMM_SWITCH, SWITCH
@@ -143,13 +143,11 @@ class Layer:
         """The machine, whose kernel attends, whether SGLang has a hook of its own on this
         backend, and what the patch's GEMM says of this layer."""
         env = self.env(setting)
-        own = RELEASE.renamed("prepare_prefill_qkv") != "prepare_prefill_qkv"
         return {
             "machine": machine.describe(),
             "kernel": self.attention.name,
             "real": self.attention.real is not None,
-            "own_hook": own
-            and callable(getattr(env.backend, "prepare_prefill_qkv", 0)),
+            "own_hook": has_own_hook(env.backend),
             "declined": getattr(env.backend, "_process_reason", None),
             "no_gemm": getattr(env.backend, "_gemm_reason", None),
         }

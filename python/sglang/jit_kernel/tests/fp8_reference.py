@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import contextmanager
-from typing import Iterator, NamedTuple, Optional
+from typing import Iterator, NamedTuple, Optional, Sequence
 
 import torch
 
@@ -274,3 +274,31 @@ def expected_prefill(
         v,
         rows[:cached],
     )
+
+
+def expected_q_proj(
+    q_a: torch.Tensor,
+    weight: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+) -> torch.Tensor:
+    """The unrounded result of ``mla_q_proj_quantize_fp8``."""
+    q = (q_a.double() @ weight.double().T).unflatten(1, (-1, 192))
+    q_pe = rotate(q[..., 128:], positions, cos_sin_cache, False)
+    return torch.cat([q[..., :128], q_pe], dim=-1)
+
+
+def expected_kv_proj(
+    kv_a: torch.Tensor,
+    weight: torch.Tensor,
+    k_pe: torch.Tensor,
+    scale_invs: Sequence[float] = (1.0, 1.0),
+    kv_a_scale: Optional[torch.Tensor] = None,
+    weight_scale: Optional[torch.Tensor] = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The unrounded results of ``mla_kv_proj_quantize_fp8``."""
+    kv = times_scales(kv_a, kv_a_scale) @ times_scales(weight, weight_scale).T
+    kv = kv.unflatten(1, (-1, 256))
+    k_pe = k_pe.double().flatten(1)[:, None].expand(-1, kv.shape[1], -1)
+    k = torch.cat([kv[..., :128], k_pe], dim=-1)
+    return k * scale_invs[0], kv[..., 128:] * scale_invs[1]

@@ -7,10 +7,10 @@ from sglang.jit_kernel.mla_kv_proj_quantize_fp8 import mla_kv_proj_quantize_fp8
 from sglang.jit_kernel.tests.fp8_reference import (
     DEVICE,
     assert_fp8,
+    expected_kv_proj,
     nan_memory,
     quantize_blocks,
     slice_of,
-    times_scales,
 )
 from sglang.test.ci.ci_register import register_cuda_ci
 
@@ -54,24 +54,13 @@ def make_fp8(tokens, heads, lora=512, rope=64, unit_latent=False):
     return (in_wider_rows, weight, k_pe), scales
 
 
-def expected(
-    kv_a, weight, k_pe, scale_invs=(1.0, 1.0), kv_a_scale=None, weight_scale=None
-):
-    """The definition in float64."""
-    kv = times_scales(kv_a, kv_a_scale) @ times_scales(weight, weight_scale).T
-    kv = kv.unflatten(1, (-1, 256))
-    k_pe = k_pe.double().flatten(1)[:, None].expand(-1, kv.shape[1], -1)
-    k = torch.cat([kv[..., :128], k_pe], dim=-1)
-    return k * scale_invs[0], kv[..., 128:] * scale_invs[1]
-
-
 def run(inputs, scale_invs=(1.0, 1.0), scales={}, **options):
     """Call the kernel in memory full of NaN and compare with the definition."""
     with nan_memory():
         outputs = mla_kv_proj_quantize_fp8(*inputs, **scales, **options)
     # K and V are some 3.
     slack = 2**-7 * max(scale_invs) if scales and DEVICE == "cuda" else 0.0
-    for out, wanted in zip(outputs, expected(*inputs, scale_invs, **scales)):
+    for out, wanted in zip(outputs, expected_kv_proj(*inputs, scale_invs, **scales)):
         assert out.is_contiguous() and out.dtype == FP8
         assert_fp8(out, wanted, slack)
     return outputs
@@ -120,7 +109,9 @@ def test_dtypes_and_scales(dtype, lora, rope):
     with nan_memory():
         outputs = mla_kv_proj_quantize_fp8(kv_a, weight, scaled, 0.5, 0.25)
     unscaled = scaled.double() / 0.5
-    for out, wanted in zip(outputs, expected(kv_a, weight, unscaled, (0.5, 0.25))):
+    for out, wanted in zip(
+        outputs, expected_kv_proj(kv_a, weight, unscaled, (0.5, 0.25))
+    ):
         assert_fp8(out, wanted)
 
 
@@ -205,7 +196,9 @@ def test_more_than_2_31_elements():
         outputs = mla_kv_proj_quantize_fp8(*inputs)
     kv_a, weight, k_pe = inputs
     for rows in (slice(0, 3), slice(87380, 87383), slice(-3, None)):
-        for out, wanted in zip(outputs, expected(kv_a[rows], weight, k_pe[rows])):
+        for out, wanted in zip(
+            outputs, expected_kv_proj(kv_a[rows], weight, k_pe[rows])
+        ):
             assert_fp8(out[rows], wanted)
     for out in outputs:
         assert not (out.view(torch.uint8) & 0x7F == 0x7F).any()

@@ -7,9 +7,9 @@ from sglang.jit_kernel.mla_q_proj_quantize_fp8 import mla_q_proj_quantize_fp8
 from sglang.jit_kernel.tests.fp8_reference import (
     DEVICE,
     assert_fp8,
+    expected_q_proj,
     make_cos_sin_cache,
     nan_memory,
-    rotate,
     slice_of,
 )
 from sglang.test.ci.ci_register import register_cuda_ci
@@ -40,19 +40,12 @@ def make(tokens, heads, lora=64, dtype=torch.bfloat16, index=torch.int64):
     return q_a, weight.to(dtype), positions[1:], cos_sin_cache
 
 
-def expected(q_a, weight, positions, cos_sin_cache):
-    """The definition in float64."""
-    q = (q_a.double() @ weight.double().T).unflatten(1, (-1, NOPE + ROPE))
-    q_pe = rotate(q[..., NOPE:], positions, cos_sin_cache, False)
-    return torch.cat([q[..., :NOPE], q_pe], dim=-1)
-
-
 def run(inputs):
     """Call the kernel in memory full of NaN and compare with the definition."""
     with nan_memory():
         q = mla_q_proj_quantize_fp8(*inputs)
     assert q.is_contiguous() and q.dtype == FP8
-    assert_fp8(q, expected(*inputs))
+    assert_fp8(q, expected_q_proj(*inputs))
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 5])
@@ -126,7 +119,7 @@ def test_more_than_2_31_elements():
         q = mla_q_proj_quantize_fp8(*inputs)
     q_a, weight, positions, cos_sin_cache = inputs
     for rows in (slice(0, 3), slice(87380, 87383), slice(-3, None)):
-        wanted = expected(q_a[rows], weight, positions[rows], cos_sin_cache)
+        wanted = expected_q_proj(q_a[rows], weight, positions[rows], cos_sin_cache)
         assert_fp8(q[rows], wanted)
     assert not (q.view(torch.uint8) & 0x7F == 0x7F).any()
 

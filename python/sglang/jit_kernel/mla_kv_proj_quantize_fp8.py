@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional, Union
+from typing import NamedTuple, Optional, Union
 
 import torch
 import triton
@@ -29,16 +29,32 @@ from sglang.jit_kernel.fp8_common import (
 )
 
 FP8 = torch.float8_e4m3fn
-# nope and v. A tile is one of the two, of one head, for some tokens: two such programs
-# share an SM, and one's tensor cores work while the other stores.
+# nope and v.
 HEAD_DIM = 128
 # Rows and columns of the weight, and columns of the latent, that share a scale in FP8.
 SCALE_BLOCK = 128
-# Tokens and elements of lora of a tile, and programs of an SM.
-_TILE = 128, 64, 2
-_FP8_TILE = 64, SCALE_BLOCK, 2
 # Blocks of tokens whose tiles follow one another, so that weights are read from L2.
 GROUP = 8
+
+
+class _Tile(NamedTuple):
+    """What a program computes at a time, and how. Fastest of those tried on SM90."""
+
+    tokens: int
+    columns: int  # of a head's nope and v
+    lora: int
+    num_warps: int
+    num_stages: int
+    per_sm: int  # programs
+
+    @classmethod
+    def of(cls, weight_scale: Optional[torch.Tensor]) -> _Tile:
+        return _TILE if weight_scale is None else _FP8_TILE
+
+
+_TILE = _Tile(128, 2 * HEAD_DIM, 64, num_warps=8, num_stages=4, per_sm=1)
+# One of two programs stores while the other's tensor cores work.
+_FP8_TILE = _Tile(64, SCALE_BLOCK, SCALE_BLOCK, num_warps=4, num_stages=3, per_sm=2)
 
 
 @triton.jit
@@ -74,48 +90,53 @@ def _mla_kv_proj_quantize_fp8_kernel(
     FP8_DTYPE: tl.constexpr,
     CONVERSION: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     ENABLE_PDL: tl.constexpr,
 ):
-    """Programs take the tiles in turn: BLOCK_T tokens of k_nope or v of one head."""
+    """Programs take the tiles in turn: BLOCK_T tokens, COLUMNS of k_nope and v."""
     UNIT: tl.constexpr = K_SCALE_KIND == SCALE_UNIT and V_SCALE_KIND == SCALE_UNIT
     SCALE_KIND: tl.constexpr = SCALE_UNIT if UNIT else SCALE_FLOAT
     wait_for_inputs(ENABLE_PDL)
     k_scale = load_scale(k_scale_inv, K_SCALE_KIND)
     v_scale = load_scale(v_scale_inv, V_SCALE_KIND)
+    HEAD_PARTS: tl.constexpr = 2 * DIM // COLUMNS
+    PARTS: tl.constexpr = NUM_HEADS * HEAD_PARTS
     blocks = tl.cdiv(num_tokens, BLOCK_T)
-    tiles = blocks * 2 * NUM_HEADS
+    tiles = blocks * PARTS
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-        block, part = block_and_part(tile, blocks, 2 * NUM_HEADS, GROUP)
-        tokens = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-        acc = tl.zeros((BLOCK_T, DIM), dtype=tl.float32)
+        block, part = block_and_part(tile, blocks, PARTS, GROUP)
+        t = (block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
+        acc = tl.zeros((BLOCK_T, COLUMNS), dtype=tl.float32)
         for i in range(0, LORA, BLOCK_K):
             kv_a = kv_a_desc.load([block * BLOCK_T, i])
-            weight = weight_desc.load([part * DIM, i])
+            weight = weight_desc.load([part * COLUMNS, i])
             if weight_scale_ptr is None:
                 acc = tl.dot(kv_a, weight.T, acc)
             else:
-                # The tensor cores sum one block, float32 the blocks.
+                # A tile has a scale: the tensor cores sum one block, float32 the blocks.
                 j = i // BLOCK_K
                 scale = tl.load(weight_scale_ptr + part * (LORA // BLOCK_K) + j)
                 if kv_a_scale_ptr is not None:
-                    ptr = kv_a_scale_ptr + tokens * (LORA // BLOCK_K) + j
-                    scale *= tl.load(ptr, mask=tokens < num_tokens, other=0.0)[:, None]
+                    ptr = kv_a_scale_ptr + t * (LORA // BLOCK_K) + j
+                    scale *= tl.load(ptr, mask=t < num_tokens, other=0.0)
                 acc += tl.dot(kv_a, weight.T) * scale
 
-        is_k = part % 2 == 0
-        t = tokens[:, None]
-        dim = tl.arange(0, DIM)[None, :]
-        rope = tl.arange(0, ROPE_P2)[None, :]
-        row = t * NUM_HEADS + part // 2
+        row = t * NUM_HEADS + part // HEAD_PARTS
         k_row = k_ptr + row * (DIM + ROPE)
-        rope_mask = (t < num_tokens) & is_k & (rope < ROPE)
+        column = tl.arange(0, COLUMNS)[None, :]
+        rope = tl.arange(0, ROPE_P2)[None, :]
+        rope_mask = (t < num_tokens) & (part % HEAD_PARTS == 0) & (rope < ROPE)
         k_pe = tl.load(k_pe_ptr + t * k_pe_token_stride + rope, mask=rope_mask)
+        if COLUMNS == DIM:
+            is_k = part % HEAD_PARTS == 0
+        else:
+            is_k = column < DIM
         scale = tl.where(is_k, k_scale, v_scale)
         out = to_fp8(acc, scale, SCALE_KIND, FP8_DTYPE, CONVERSION)
         out_row = tl.where(is_k, k_row, v_ptr + row * DIM)
-        tl.store(out_row + dim, out, mask=t < num_tokens)
+        tl.store(out_row + column % DIM, out, mask=t < num_tokens)
         if not K_PE_IN_FP8:
             k_pe = to_fp8(k_pe, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
         tl.store(k_row + DIM + rope, k_pe, mask=rope_mask)
@@ -184,10 +205,11 @@ def mla_kv_proj_quantize_fp8(
     k = kv_a.new_empty((s, heads, HEAD_DIM + k_pe.shape[-1]), dtype=FP8)
     v = kv_a.new_empty((s, heads, HEAD_DIM), dtype=FP8)
     if s > 0:
-        block_t, block_k, _ = _tile(weight_scale)
+        tile = _Tile.of(weight_scale)
+        boxes = [tile.tokens, tile.lora], [tile.columns, tile.lora]
         descriptors = (
-            TensorDescriptor(kv_a, [s, lora], [kv_a.stride(0), 1], [block_t, block_k]),
-            TensorDescriptor(weight, [*weight.shape], [lora, 1], [HEAD_DIM, block_k]),
+            TensorDescriptor(kv_a, [s, lora], [kv_a.stride(0), 1], boxes[0]),
+            TensorDescriptor(weight, [*weight.shape], [lora, 1], boxes[1]),
         )
         plan.launch(
             s,
@@ -239,10 +261,6 @@ def resident_programs(x: torch.Tensor, per_sm: int) -> int:
 _PLANS = PlanCache()
 
 
-def _tile(weight_scale: Optional[torch.Tensor]) -> tuple[int, int, int]:
-    return _TILE if weight_scale is None else _FP8_TILE
-
-
 def _make_plan(
     kv_a, weight, k_pe, kv_a_scale, weight_scale, k_kind, v_kind, enable_pdl
 ) -> Plan:
@@ -271,12 +289,12 @@ def _make_plan(
         like = kv_a if weight_scale is None else kv_a.new_empty(0, dtype=k_pe.dtype)
         check_input("k_pe", k_pe, like)
     heads = weight.shape[0] // row
-    block_t, block_k, programs_per_sm = _tile(weight_scale)
-    programs = resident_programs(kv_a, programs_per_sm)
+    tile = _Tile.of(weight_scale)
     launcher = Launcher(
         _mla_kv_proj_quantize_fp8_kernel,
         kv_a.device,
         enable_pdl,
+        dict(num_warps=tile.num_warps, num_stages=tile.num_stages),
         NUM_HEADS=heads,
         DIM=HEAD_DIM,
         ROPE=rope,
@@ -286,11 +304,14 @@ def _make_plan(
         V_SCALE_KIND=v_kind,
         K_PE_IN_FP8=k_pe.dtype == FP8,
         FP8_DTYPE=FP8_DTYPES[FP8],
-        BLOCK_T=block_t,
-        BLOCK_K=block_k,
+        BLOCK_T=tile.tokens,
+        COLUMNS=tile.columns,
+        BLOCK_K=tile.lora,
         GROUP=GROUP,
     )
-    return Plan(launcher, block_t, 2 * heads, (k_pe.stride(0),), programs)
+    parts = weight.shape[0] // tile.columns
+    programs = resident_programs(kv_a, tile.per_sm)
+    return Plan(launcher, tile.tokens, parts, (k_pe.stride(0),), programs)
 
 
 def _check_scales(kv_a, weight, kv_a_scale, weight_scale) -> None:

@@ -394,7 +394,7 @@ class MLAFP8PrefillMixin:
     # Tokens times heads from which K and V straight out of kv_b_proj are faster than
     # cuBLAS and a launch, and with a weight in FP8 than DeepGEMM and one; and Q straight
     # out of q_b_proj.
-    least_gemm_rows, least_fp8_gemm_rows, least_q_gemm_rows = 16384, 1024, 57344
+    least_gemm_rows, least_fp8_gemm_rows, least_q_gemm_rows = 20480, 1024, 57344
     # k_scale and v_scale that this layer's K and V are divided by.
     prefill_kv_scales = 1.0, 1.0
     # False: as in SGLang, decode multiplies by k_scale though rows of the KV cache are not

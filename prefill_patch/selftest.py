@@ -387,7 +387,8 @@ def _faster_setting(what: str, times: Sequence[float], heads: int) -> tuple[str,
 
 
 def time_of(call: Callable[[], Any]) -> float:
-    return triton.testing.do_bench(call, return_mode="median")
+    """Milliseconds of the GPU's, in a CUDA graph: a busy host's are not among them."""
+    return triton.testing.do_bench_cudagraph(call, return_mode="median")
 
 
 def attempt(subject: str, check: Callable[..., tuple[str, str]], *args) -> Check:

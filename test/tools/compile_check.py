@@ -47,6 +47,8 @@ TARGETS = {
     "gfx950": GPUTarget("hip", "gfx950", 64),
 }
 PDL_TARGETS = ("sm90", "sm100", "sm103", "sm120")
+# With little shared memory.
+SMALL_TARGETS = ("sm89", "sm120")
 # Models and heads a rank; None is all of them.
 SHAPES = [
     ("deepseek-v3", None),
@@ -234,6 +236,9 @@ def read_ptx(job: Job, compiled) -> tuple[str, list[str]]:
     usage = cubin_usage(compiled.asm["cubin"])
     if usage["STACK"] or usage["LOCAL"] or count(r"\b(?:ld|st)\.local"):
         wrong.append(f"registers spill: {usage}")
+    shared, kib = compiled.metadata.shared, 99 if job.target in SMALL_TARGETS else 227
+    if shared > kib << 10:
+        wrong.append(f"{shared} bytes of shared memory, of which the GPU has {kib} KiB")
     summary = f"{usage['REG']} registers, 128-bit: {loads} loads, {stores} stores"
     return summary, wrong
 

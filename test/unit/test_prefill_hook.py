@@ -551,7 +551,8 @@ class TestGemm:
         [
             ("off", DEEPSEEK, "cuda", (9, 0), "SGLANG_MLA_FP8_PREFILL_GEMM=off"),
             ("on", TINY, "cuda", (9, 0), "head dimensions other than 128"),
-            ("on", DEEPSEEK, "cuda", (8, 9), "needs SM90"),
+            ("on", DEEPSEEK, "cuda", (8, 9), "needs SM90 or SM100"),
+            ("on", DEEPSEEK, "cuda", (12, 0), "needs SM90 or SM100"),
             ("on", DEEPSEEK, "cuda", (10, 0), None),
             ("AUTO", DEEPSEEK, "cuda", (9, 0), None),
             ("auto", DEEPSEEK, "cuda", (10, 0), "measured on SM90 only"),

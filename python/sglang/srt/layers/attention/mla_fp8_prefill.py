@@ -595,8 +595,8 @@ class MLAFP8PrefillMixin:
         capability = None
         if torch.device(self.device).type == "cuda":
             capability = torch.cuda.get_device_capability()
-            if is_hip_runtime() or capability < (9, 0):
-                return "needs SM90"
+            if is_hip_runtime() or capability[0] not in (9, 10):
+                return "needs SM90 or SM100"
         if setting == AUTO and (capability is None or capability[0] != 9):
             return "measured on SM90 only: SGLANG_MLA_FP8_PREFILL_GEMM=on"
         if model is not None and not self._plain_kv_weights(model):

@@ -718,6 +718,21 @@ class TestStart:
             how(env, harness.make_batch(env, **batch))
         assert at_start and specializations() == at_start
 
+    def test_a_weight_on_the_host(self, monkeypatch):
+        """As --cpu-offload-gb leaves that of q_b_proj."""
+        monkeypatch.setenv(GEMM_SWITCH, "on")
+        env = make_env(DEEPSEEK, "trtllm_mla")
+        weight = env.attn.q_b_proj.weight
+        # Not on the backend's device before it is asked to go there.
+        on_host = SimpleNamespace(to={env.backend.device: weight}.__getitem__)
+        given = []
+        monkeypatch.setattr(
+            mla_fp8_prefill, "mla_q_proj_quantize_fp8", lambda *args: given.append(args)
+        )
+        variants = env.backend._prefill_variants(env.runner.model)
+        env.backend._compile_prefill_kernels("fused", variants, [], on_host)
+        assert [args[1] is weight for args in given] == [True]
+
     def test_each_variant_of_the_model_is_compiled(self):
         layers = [
             make_env(TINY, "trtllm_mla", **layer).attn

@@ -710,6 +710,8 @@ class MLAFP8PrefillMixin:
                 without_kv.append(k_pe_fp8)
             given = [(q, kv, None), *((q, None, out) for out in without_kv)]
             if q_weight is not None and is_neox is False:
+                # --cpu-offload-gb leaves it on the host until its layer runs.
+                q_weight = q_weight.to(self.device)
                 q_a = zeros(1, q_weight.shape[1])
                 mla_q_proj_quantize_fp8(q_a, q_weight, index, table)
                 given += ((q[:, :0], None, out) for out in without_kv)

@@ -152,6 +152,18 @@ class StoresScales(memory_pool.MLATokenToKVPool):
         super().__init__(**kwargs, use_nsa=True, override_kv_cache_dim=128)
 
 
+class OfTorchao(torch.Tensor):
+    pass
+
+
+class NoLatentRows(batch_runs.OwnWriterPool):
+    """As SGLang's pool of MLA and sliding-window MLA (Dots3-Note)."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        del self.kv_lora_rank
+
+
 def multi_head_pool(layer_num, kv_lora_rank, qk_rope_head_dim, **kwargs):
     return memory_pool.HybridLinearKVPool(
         **kwargs,
@@ -173,6 +185,7 @@ class TestPools:
             (UnusualBuffer, "with the composed producer"),
             (OwnAccessor, "with the composed producer"),
             (StoresScales, "declined: StoresScales takes no FP8 rows"),
+            (NoLatentRows, "declined: NoLatentRows takes no FP8 rows"),
             (multi_head_pool, "declined: HybridLinearKVPool takes no FP8 rows"),
         ],
     )
@@ -274,13 +287,18 @@ class TestNoHook:
         assert call() is None
 
     @pytest.mark.parametrize(
-        "arch, version", [(AttentionArch.MHA, 3), (AttentionArch.MLA, 4)]
+        "change, version",
+        [
+            (dict(attention_arch=AttentionArch.MHA), 3),
+            ({}, 4),
+            (dict(qk_nope_head_dim=None), 3),  # as of MiniCPM3
+        ],
     )
-    def test_flash_attention_has_none_but_version_3_for_mla(self, arch, version, log):
+    def test_flash_attention_has_none_but_version_3_for_mla(self, change, version, log):
         env = make_env(TINY, "fa3")
         lines = log()
         assert env.backend.prepare_prefill_qkv is not None
-        env.runner.model_config.attention_arch = arch
+        vars(env.runner.model_config).update(change)
         backend = FlashAttentionBackend(env.runner, fa_impl_ver=version)
         assert backend.prepare_prefill_qkv is None and log() == lines
 
@@ -494,10 +512,15 @@ class TestGemm:
             lambda proj: proj.half(),
             lambda proj: delattr(proj, "weight"),
             lambda proj: setattr(
+                proj,
+                "weight",
+                torch.nn.Parameter(proj.weight.data.as_subclass(OfTorchao), False),
+            ),
+            lambda proj: setattr(
                 proj.weight, "data", proj.weight.data.T.contiguous().T
             ),
         ],
-        ids=["bias", "quantized", "lora", "gathered", "dtype", "no weight", "layout"],
+        ids="bias quantized lora gathered dtype no-weight subclass layout".split(),
     )
     def test_what_kv_b_proj_has_to_be(self, change, env):
         change(env.attn.kv_b_proj)
@@ -788,6 +811,17 @@ class TestStart:
             q_indptr_decode_buf=buffer,
         )
         assert log() == before
+
+
+def test_a_rope_that_changes_its_positions_first_is_not_for_the_hook():
+    """As BailingMRotaryEmbedding, which has RotaryEmbedding's method for GPUs."""
+    env = make_env(TINY, "trtllm_mla")
+    rotary = batch_runs.own_rope(env.attn)
+    assert mla_fp8_prefill._is_plain_rope(rotary, TINY.rope)
+    forward = type(rotary).forward
+    shifted = lambda self, positions, *args: forward(self, positions + 1, *args)
+    rotary.__class__ = type("Shifted", (type(rotary),), dict(forward=shifted))
+    assert not mla_fp8_prefill._is_plain_rope(rotary, TINY.rope)
 
 
 def test_tables_and_pools_of_another_dtype_are_not_for_the_hook(monkeypatch):

@@ -245,6 +245,7 @@ def _is_plain_rope(rotary_emb: torch.nn.Module, rope_dim: int) -> bool:
     method = getattr(rotary_emb, "_forward_method", None)
     return (
         isinstance(rotary_emb, RotaryEmbedding)
+        and type(rotary_emb).forward is RotaryEmbedding.forward
         and getattr(method, "__func__", None) is RotaryEmbedding.forward_cuda
         and not rotary_emb.use_fallback_kernel
         and rotary_emb.rotary_dim == rope_dim
@@ -269,6 +270,8 @@ def _pool_producer(pool) -> Optional[str]:
         inner = pool.full_kv_pool
     if not hasattr(inner, "set_mla_kv_buffer") or getattr(inner, "dtype", None) != FP8:
         return None
+    if not hasattr(inner, "kv_lora_rank"):
+        return None  # layers with rows of several kinds
     if inner.kv_cache_dim != inner.kv_lora_rank + inner.qk_rope_head_dim:
         return None  # rows with scales of their own
     plain = _inherits(inner, MLATokenToKVPool, *access, "_create_buffers")
@@ -305,6 +308,7 @@ def _plain_weight(proj: torch.nn.Module, dtype: torch.dtype) -> Optional[_Weight
     if (
         type(proj) is not ColumnParallelLinear
         or weight is None
+        or type(weight.data) is not torch.Tensor  # --torchao-config has its own
         or not weight.is_contiguous()
         or proj.bias is not None
         or proj.gather_output
@@ -1036,16 +1040,17 @@ class FA3FP8PrefillMixin(MLAFP8PrefillMixin):
     num_prefill_tokens: Optional[int] = None
 
     def init_fp8_prefill(self, model_runner: ModelRunner) -> None:
-        if not self.use_mla or self.fa_impl_ver != 3:
+        config = model_runner.model_config
+        names = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        # MiniCPM3 has other attention, and not all of them.
+        dims = {name: getattr(config, name, None) for name in names}
+        if not self.use_mla or self.fa_impl_ver != 3 or None in dims.values():
             self.prepare_prefill_qkv = self.takes_prefill = None
             return
-        config = model_runner.model_config
+        vars(self).update(dims)
         self.data_type = self.kv_cache_dtype
         self.q_data_type = model_runner.dtype
         self.num_local_heads = config.num_attention_heads // attention_tp_size()
-        dims = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-        for name in dims:
-            setattr(self, name, getattr(config, name))
         super().init_fp8_prefill(model_runner)
 
     def _unsupported_reason(self) -> Optional[str]:

@@ -43,18 +43,13 @@ class _Tile(NamedTuple):
     tokens: int
     columns: int  # of a head's nope and v
     lora: int
-    num_warps: int
-    num_stages: int
     per_sm: int  # programs
-
-    @classmethod
-    def of(cls, weight_scale: Optional[torch.Tensor]) -> _Tile:
-        return _TILE if weight_scale is None else _FP8_TILE
+    options: dict[str, int]  # Triton's
 
 
-_TILE = _Tile(128, 2 * HEAD_DIM, 64, num_warps=8, num_stages=4, per_sm=1)
+_TILE = _Tile(128, 2 * HEAD_DIM, 64, 1, dict(num_warps=8, num_stages=4))
 # One of two programs stores while the other's tensor cores work.
-_FP8_TILE = _Tile(64, SCALE_BLOCK, SCALE_BLOCK, num_warps=4, num_stages=3, per_sm=2)
+_FP8_TILE = _Tile(64, SCALE_BLOCK, SCALE_BLOCK, 2, dict(num_warps=4, num_stages=3))
 
 
 @triton.jit
@@ -127,16 +122,16 @@ def _mla_kv_proj_quantize_fp8_kernel(
         k_row = k_ptr + row * (DIM + ROPE)
         column = tl.arange(0, COLUMNS)[None, :]
         rope = tl.arange(0, ROPE_P2)[None, :]
-        rope_mask = (t < num_tokens) & (part % HEAD_PARTS == 0) & (rope < ROPE)
+        mask = t < num_tokens
+        has_k = part % HEAD_PARTS == 0
+        rope_mask = mask & has_k & (rope < ROPE)
         k_pe = tl.load(k_pe_ptr + t * k_pe_token_stride + rope, mask=rope_mask)
-        if COLUMNS == DIM:
-            is_k = part % HEAD_PARTS == 0
-        else:
-            is_k = column < DIM
+        # In a tile of one of the two a scalar: nothing is chosen for each element.
+        is_k = has_k if COLUMNS == DIM else column < DIM
         scale = tl.where(is_k, k_scale, v_scale)
         out = to_fp8(acc, scale, SCALE_KIND, FP8_DTYPE, CONVERSION)
         out_row = tl.where(is_k, k_row, v_ptr + row * DIM)
-        tl.store(out_row + column % DIM, out, mask=t < num_tokens)
+        tl.store(out_row + column % DIM, out, mask=mask)
         if not K_PE_IN_FP8:
             k_pe = to_fp8(k_pe, k_scale, K_SCALE_KIND, FP8_DTYPE, CONVERSION)
         tl.store(k_row + DIM + rope, k_pe, mask=rope_mask)
@@ -205,11 +200,11 @@ def mla_kv_proj_quantize_fp8(
     k = kv_a.new_empty((s, heads, HEAD_DIM + k_pe.shape[-1]), dtype=FP8)
     v = kv_a.new_empty((s, heads, HEAD_DIM), dtype=FP8)
     if s > 0:
-        tile = _Tile.of(weight_scale)
-        boxes = [tile.tokens, tile.lora], [tile.columns, tile.lora]
+        tile = _tile(weight_scale)
+        kv_a_box, weight_box = [tile.tokens, tile.lora], [tile.columns, tile.lora]
         descriptors = (
-            TensorDescriptor(kv_a, [s, lora], [kv_a.stride(0), 1], boxes[0]),
-            TensorDescriptor(weight, [*weight.shape], [lora, 1], boxes[1]),
+            TensorDescriptor(kv_a, [s, lora], [kv_a.stride(0), 1], kv_a_box),
+            TensorDescriptor(weight, [*weight.shape], [lora, 1], weight_box),
         )
         plan.launch(
             s,
@@ -261,6 +256,10 @@ def resident_programs(x: torch.Tensor, per_sm: int) -> int:
 _PLANS = PlanCache()
 
 
+def _tile(weight_scale: Optional[torch.Tensor]) -> _Tile:
+    return _TILE if weight_scale is None else _FP8_TILE
+
+
 def _make_plan(
     kv_a, weight, k_pe, kv_a_scale, weight_scale, k_kind, v_kind, enable_pdl
 ) -> Plan:
@@ -289,12 +288,12 @@ def _make_plan(
         like = kv_a if weight_scale is None else kv_a.new_empty(0, dtype=k_pe.dtype)
         check_input("k_pe", k_pe, like)
     heads = weight.shape[0] // row
-    tile = _Tile.of(weight_scale)
+    tile = _tile(weight_scale)
     launcher = Launcher(
         _mla_kv_proj_quantize_fp8_kernel,
         kv_a.device,
         enable_pdl,
-        dict(num_warps=tile.num_warps, num_stages=tile.num_stages),
+        tile.options,
         NUM_HEADS=heads,
         DIM=HEAD_DIM,
         ROPE=rope,

@@ -520,7 +520,10 @@ class TestGemm:
                 proj.weight, "data", proj.weight.data.T.contiguous().T
             ),
         ],
-        ids="bias quantized lora gathered dtype no-weight subclass layout".split(),
+        ids=[
+            *("bias", "quantized", "lora", "gathered", "dtype", "no weight"),
+            *("subclass", "layout"),
+        ],
     )
     def test_what_kv_b_proj_has_to_be(self, change, env):
         change(env.attn.kv_b_proj)

@@ -352,10 +352,10 @@ class TestTeardown:
         monkeypatch.setattr(server.UserServer, "command", command)
         with server.UserServer(tmp_path / "on", [], {}) as one:
             one.start()
-            latest = time.monotonic() + 60
-            while "started" not in one.log_since(0) and time.monotonic() < latest:
+            deadline = time.monotonic() + 60
+            while "started" not in one.log_since(0) and time.monotonic() < deadline:
                 time.sleep(0.05)
-            with pytest.raises(RuntimeError, match="ended|not up"):
+            with pytest.raises(RuntimeError, match="ended|not up in 0.1 s"):
                 one.wait(0.1)
             started = one.processes()
             assert len(started) >= (2 if one.alive() else 1)

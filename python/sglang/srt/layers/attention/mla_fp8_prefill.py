@@ -239,8 +239,9 @@ def _log_once(message: str) -> None:
 def _is_plain_rope(rotary_emb: torch.nn.Module, rope_dim: int) -> bool:
     """Whether cos_sin_cache, indexed by the positions, is all there is to this RoPE.
 
-    It is not where SGLang runs another method than RotaryEmbedding's for GPUs, nor where
-    that one uses its fallback, which rounds the shared cos_sin_cache to the model's dtype.
+    It is not where SGLang runs another method than RotaryEmbedding's for GPUs or changes
+    what it is given, nor where that one uses its fallback, which rounds the shared
+    cos_sin_cache to the model's dtype.
     """
     method = getattr(rotary_emb, "_forward_method", None)
     return (
